@@ -1,0 +1,55 @@
+"""Microtome opens language models at any point and breaks what flows there into sparse, interpretable features.
+
+`import microtome as mt` loads nothing heavy. Each public name is fetched from its part of the package when it is first
+used; the table below is the whole public surface.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from microtome.activations import harvest as harvest
+    from microtome.common.errors import MicrotomeError as MicrotomeError
+    from microtome.dictionary import TopKConfig as TopKConfig
+    from microtome.dictionary import evaluate as evaluate
+    from microtome.dictionary import load_dictionary as load_dictionary
+    from microtome.dictionary import train as train
+    from microtome.features import build_index as build_index
+    from microtome.features import open_index as open_index
+    from microtome.model import load_model as load_model
+    from microtome.text import TokenDataset as TokenDataset
+    from microtome.text import open_corpus as open_corpus
+    from microtome.text import tokenize_corpus as tokenize_corpus
+
+__version__ = "0.1.0"
+
+# Where each public name lives, in the order of the data's path.
+_HOMES = {
+    "open_corpus": "microtome.text",
+    "tokenize_corpus": "microtome.text",
+    "TokenDataset": "microtome.text",
+    "load_model": "microtome.model",
+    "harvest": "microtome.activations",
+    "TopKConfig": "microtome.dictionary",
+    "train": "microtome.dictionary",
+    "load_dictionary": "microtome.dictionary",
+    "evaluate": "microtome.dictionary",
+    "build_index": "microtome.features",
+    "open_index": "microtome.features",
+    "MicrotomeError": "microtome.common.errors",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 – the names are strings; the linter cannot see through the star
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'microtome' has no attribute {name!r}; its names are {', '.join(_HOMES)}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

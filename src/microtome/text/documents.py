@@ -219,7 +219,7 @@ def _read_parquet(stream: io.BufferedReader, name: str, column: str | None) -> I
     try:
         file = pq.ParquetFile(seekable)
         types = {
-            field.name: pa.types.istext_cell(field.type) or pa.types.is_largetext_cell(field.type)
+            field.name: pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
             for field in file.schema_arrow
         }
         column = text_column(types, column, name)

@@ -1,0 +1,77 @@
+"""`import microtome`: which names it has, and that it stays light."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import microtome
+
+# The names of the contract that exist so far. A name may be added; taking one away breaks somebody's notebook.
+SURFACE = {
+    *("open_corpus", "tokenize_corpus", "TokenDataset"),
+    "load_model",
+    "harvest",
+    *("TopKConfig", "train", "load_dictionary", "evaluate"),
+    *("build_index", "open_index"),
+    "MicrotomeError",
+    "__version__",
+}
+HEAVY = [
+    "torch",
+    "transformers",
+    "numpy",
+    "pyarrow",
+    "duckdb",
+    "rich",
+    "tyro",
+    "fastapi",
+    "huggingface_hub",
+    "jaxtyping",
+]
+
+
+def loaded_after(code: str) -> set[str]:
+    """The modules in `sys.modules` of a fresh interpreter after it ran `code`."""
+    script = f"import sys\n{code}\nimport json\nprint(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_the_names() -> None:
+    assert set(microtome.__all__) == SURFACE
+    assert set(dir(microtome)) >= SURFACE
+
+
+@pytest.mark.parametrize("name", sorted(SURFACE))
+def test_each_name_is_there(name: str) -> None:
+    assert getattr(microtome, name) is not None
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse(Path(microtome.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {(a.asname, n.module) for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert seen == set(microtome._HOMES.items())
+
+
+def test_unknown_name_lists_the_known() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'load_modle'; its names are open_corpus"):
+        _ = microtome.load_modle
+
+
+def test_import_is_light() -> None:
+    before = loaded_after("")
+    loaded = loaded_after("import microtome") - before
+    assert not loaded & set(HEAVY)
+    assert "microtome" in loaded
+    assert len(loaded) < 30, f"more than the few modules that a lazy package needs: {sorted(loaded)}"
+
+
+def test_help_is_light() -> None:
+    loaded = loaded_after("from microtome.cli.main import main\nassert main(['--help']) == 0")
+    assert not loaded & set(HEAVY)
+    assert not {m for m in loaded if m.startswith("microtome.cli.")} - {"microtome.cli.main", "microtome.cli.options"}

@@ -134,7 +134,6 @@ def make_tiny_index(folder: Path) -> Path:
         n_sequences=N_SEQUENCES,
         context=CONTEXT,
         bos_id=tokenizer.token_to_id(BOS),
-        histogram_top=8,
         histogram_edges=histogram_edges(8),
         settings=config,
     )

@@ -1,6 +1,7 @@
 """What an index is asked to hold (`IndexConfig`) and what is written about one (`IndexRecord`, saved as its config)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from microtome.common.config import require
 
@@ -72,7 +73,8 @@ class IndexRecord:
     context: int
     bos_id: int | None
     neuronpedia: str | None = None
-    histogram_top: int
+    activations: dict[str, Any] = field(default_factory=dict)
+    """Where the activations were from: the model's revision and dtype, or the store."""
     histogram_edges: tuple[float, ...] = field(default=())
     """Edges of the histogram's bins, weakest first; the first and last bin also take what lies beyond them."""
     settings: IndexConfig = field(default_factory=IndexConfig)

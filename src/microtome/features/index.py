@@ -32,7 +32,7 @@ from microtome.features.results import (
 from microtome.features.strings import TokenStrings
 
 if TYPE_CHECKING:
-    from microtome.dictionary import Dictionary
+    from microtome.dictionary import TopKSAE
     from microtome.features.prompt import Reader
     from microtome.model import HookedModel
 
@@ -195,7 +195,7 @@ class FeatureIndex:
         text: str,
         *,
         model: "HookedModel | None" = None,
-        dictionary: "Dictionary | None" = None,
+        dictionary: "TopKSAE | None" = None,
         k: int | None = None,
     ) -> PromptFeatures:
         """The latents that fire on each token of `text`, strongest first, at most `k` a token.

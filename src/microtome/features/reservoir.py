@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from jaxtyping import Float32, Int16, Int32, Int64, UInt64
 
+PENDING = 50_000
+"""So many entries wait before they are sorted in (or as many as are kept, if that is more)."""
 OPEN = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 """The limit of a group that is not full: everything is below it."""
 
@@ -89,7 +91,7 @@ class Reservoir:
         """Add `entries`; True if they were sorted in and `limits` are new."""
         self._pending.append(entries)
         self._waiting += len(entries)
-        if self._waiting > max(50_000, len(self.kept)):
+        if self._waiting > max(PENDING, len(self.kept)):
             self.settle()
             return True
         return False

@@ -1,0 +1,157 @@
+"""Dictionaries on disk, in SAELens v6's format: `cfg.json` and `sae_weights.safetensors`, which SAELens opens as they are.
+
+Microtome adds its own `config.json` (how it was trained) and `provenance.json` beside them; a folder without those, made by SAELens, is
+read all the same.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from microtome.common.artifacts import atomic_file, read_json, write_json
+from microtome.common.device import parse_device, parse_dtype
+from microtome.common.errors import ArtifactError
+from microtome.dictionary.topk import TopKSAE
+
+CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_FORMAT_VERSION = "6.0.0"  # the oldest SAELens whose reader takes this layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a dictionary belongs: the model and hook point that it was trained on, and the text."""
+
+    model_name: str
+    hook_name: str
+    context: int | None = None
+    prepend_bos: bool = True
+    dataset: str | None = None
+
+
+def save_dictionary(sae: TopKSAE, folder: Path, origin: Origin) -> None:
+    """Write both files of the format into an existing folder. Weights are written in their own dtype."""
+    cfg: dict[str, Any] = {
+        "architecture": sae.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "k": sae.k,
+        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "metadata": {
+            "sae_lens_version": _FORMAT_VERSION,
+            "model_name": origin.model_name,
+            "hook_name": origin.hook_name,
+            "hook_head_index": None,
+            "context_size": origin.context,
+            "prepend_bos": origin.prepend_bos,
+            "dataset_path": origin.dataset,
+        },
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(sae).items()}
+    with atomic_file(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary)
+    write_json(folder / CFG, cfg)
+
+
+def _tensors(sae: TopKSAE) -> dict[str, Tensor]:
+    return {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
+
+
+class Dictionary(TopKSAE):
+    """A trained dictionary that knows where it belongs (`origin`) and where it is from (`path`)."""
+
+    def __init__(self, d_in: int, d_sae: int, k: int, *, origin: Origin, path: Path) -> None:
+        super().__init__(d_in, d_sae, k)
+        self.origin, self.path = origin, path
+
+    @property
+    def model_name(self) -> str:
+        return self.origin.model_name
+
+    @property
+    def hook_name(self) -> str:
+        return self.origin.hook_name
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that name the weights: equal weights in one dtype have equal fingerprints."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(_tensors(self).items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_dictionary(path: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> Dictionary:
+    """Open the dictionary in the folder `path`.
+
+    Raises ArtifactError for a folder that holds none, is damaged, or holds an architecture that cannot be read here.
+    """
+    folder = Path(path)
+    if not (folder / CFG).is_file():
+        raise ArtifactError(
+            f"There is no dictionary at {folder}",
+            got=f"a folder without {CFG}" if folder.is_dir() else "no such folder",
+            expected=f"a folder with {CFG} and {WEIGHTS} (SAELens v6)",
+        )
+    cfg = read_json(folder / CFG)
+    _check_cfg(folder, cfg)
+    tensors = _read_weights(folder / WEIGHTS, cfg)
+    metadata = cfg.get("metadata") or {}
+    origin = Origin(
+        model_name=str(metadata.get("model_name") or "unknown"),
+        hook_name=str(metadata.get("hook_name") or "unknown"),
+        context=metadata.get("context_size"),
+        prepend_bos=bool(metadata.get("prepend_bos", True)),
+        dataset=metadata.get("dataset_path"),
+    )
+    sae = Dictionary(cfg["d_in"], cfg["d_sae"], cfg["k"], origin=origin, path=folder)
+    with torch.no_grad():
+        sae.encoder.copy_(tensors["W_enc"].T)
+        for name in ("W_dec", "b_enc", "b_dec"):
+            sae.get_parameter(name).copy_(tensors[name])
+    return sae.requires_grad_(False).to(device=parse_device(device), dtype=parse_dtype(dtype))
+
+
+def _check_cfg(folder: Path, cfg: dict[str, Any]) -> None:
+    wanted = {
+        "architecture": (TopKSAE.architecture,),
+        "apply_b_dec_to_input": (True,),
+        "normalize_activations": ("none", None),
+        "reshape_activations": ("none", None),
+        "rescale_acts_by_decoder_norm": (False, None),
+    }
+    for key, values in wanted.items():
+        if cfg.get(key) not in values:
+            raise ArtifactError(
+                f"The dictionary at {folder} is of a kind that cannot be read yet", got=f"{key} {cfg.get(key)!r}", expected=values[0]
+            )
+    for key in ("d_in", "d_sae", "k"):
+        if not isinstance(cfg.get(key), int):
+            raise ArtifactError(f"{folder / CFG} is damaged", got=f"{key} {cfg.get(key)!r}", expected="an integer")
+
+
+def _read_weights(file: Path, cfg: dict[str, Any]) -> dict[str, Tensor]:
+    d_in, d_sae = cfg["d_in"], cfg["d_sae"]
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+    if not file.is_file():
+        raise ArtifactError(f"{file.parent} has no weights", expected=file.name)
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise ArtifactError(f"{file} is damaged: {error}") from error
+    for name, shape in shapes.items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != shape:
+            raise ArtifactError(f"{file} does not fit its {CFG}", got=f"{name} {found}", expected=f"{name} {shape}")
+    return tensors

@@ -1,0 +1,48 @@
+"""Training figures to TensorBoard or Weights & Biases, for who asks for it and has it installed."""
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from microtome.common.errors import MissingDependencyError
+
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+class Loggers:
+    """The loggers named in `names`, written to together. Raises MissingDependencyError for one that is not installed."""
+
+    def __init__(self, names: Sequence[str], folder: Path) -> None:
+        self._writers: list[Callable[[Mapping[str, float]], None]] = []
+        self._closers: list[Callable[[], object]] = []
+        for name in names:
+            if importlib.util.find_spec(_PACKAGES[name]) is None:
+                raise MissingDependencyError(f"Logging to {name} needs its package", fix=f"Run `pip install {_PACKAGES[name]}`")
+            {"tensorboard": self._tensorboard, "wandb": self._wandb}[name](folder)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer(row)
+
+    def close(self) -> None:
+        for closer in self._closers:
+            closer()
+
+    def _tensorboard(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+        def write(row: Mapping[str, float]) -> None:
+            for key, value in row.items():
+                board.add_scalar(key, value, int(row["step"]))  # type: ignore[no-untyped-call]
+
+        self._writers.append(write)
+        self._closers.append(board.close)
+
+    def _wandb(self, folder: Path) -> None:
+        import wandb
+
+        run = wandb.init(project="microtome", name=folder.name.removesuffix(".partial"), dir=str(folder))
+        self._writers.append(lambda row: run.log(dict(row), step=int(row["step"])))
+        self._closers.append(run.finish)

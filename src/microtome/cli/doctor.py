@@ -87,25 +87,30 @@ def packages() -> Finding:
 
 def torch_build() -> Finding:
     """Whether torch can be imported, and for what it was built."""
-    try:
-        import torch
-    except (ImportError, OSError) as error:
+    torch, error = _torch()
+    if torch is None:
         fix = "Run `pip install 'torch>=2.6'`"
         return Finding(name="torch", level="stop", found=f"cannot be imported: {error}", fix=fix)
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     return Finding(name="torch", found=f"{torch.__version__} ({built_for}), {torch.get_num_threads()} threads")
 
 
+def _torch() -> tuple[Any, str]:
+    """The module, or None and why it cannot be imported."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return None, str(error)
+    return torch, ""
+
+
 def device() -> Finding:
     """The accelerator, if any."""
-    if importlib.util.find_spec("torch") is None:
-        return Finding(name="device", level="note", found="unknown without torch")
-    import torch
-
-    if torch.cuda.is_available():
+    torch, _ = _torch()
+    if torch is not None and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         return Finding(name="device", found=f"{torch.cuda.device_count()} × {card.name}, {size(card.total_memory)}")
-    if shutil.which("nvidia-smi"):
+    if torch is not None and shutil.which("nvidia-smi"):
         fix = "Install a torch built for CUDA: see https://pytorch.org/get-started/locally"
         return Finding(name="device", level="note", found="CPU, though this machine has an NVIDIA driver", fix=fix)
     return Finding(name="device", found="CPU")
@@ -113,11 +118,9 @@ def device() -> Finding:
 
 def cpu() -> Finding:
     """Cores, and whether bf16 products run in hardware."""
-    from microtome.common.device import cpu_has_bf16
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    has_bf16 = importlib.util.find_spec("torch") is not None and cpu_has_bf16()
     flags = _cpu_flags() & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16"}
+    has_bf16 = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
     dtype = "bf16 in hardware: `--dtype bf16` is quicker" if has_bf16 else "no bf16 in hardware: fp32 is quickest"
     return Finding(name="CPU", found=f"{cores} cores, {' '.join(sorted(flags)) or platform.machine()}; {dtype}")
 

@@ -147,20 +147,19 @@ _CONVERT = "Convert it to UTF-8 first (iconv -f LATIN1 -t UTF-8), or leave it ou
 
 
 def _read_text(stream: io.BufferedReader, name: str, _column: str | None) -> Iterator[Document]:
-    piece: list[str] = []
-    size, number = 0, 0
-    for line in _lines(stream, name):
-        piece.append(line)
-        size += len(line)
-        if size >= _PIECE_BYTES and not line.strip():
-            yield Document("".join(piece), f"{name}#{number}" if number else name)
-            piece, size, number = [], 0, number + 1
-    if piece or number == 0:
-        yield Document("".join(piece), f"{name}#{number}" if number else name)
+    offset = number = 0
+    while lines := stream.readlines(_PIECE_BYTES):
+        while lines[-1].strip() and (line := stream.readline()):
+            lines.append(line)
+        piece = b"".join(lines)
+        yield Document(_decode(piece, name, offset), f"{name}#{number}" if number else name)
+        offset, number = offset + len(piece), number + 1
+    if number == 0:
+        yield Document("", name)
 
 
 def _read_html(stream: io.BufferedReader, name: str, _column: str | None) -> Iterator[Document]:
-    yield Document(html_to_text("".join(_lines(stream, name))), name)
+    yield Document(html_to_text(_decode(stream.read(), name, 0)), name)
 
 
 def _read_jsonl(stream: io.BufferedReader, name: str, column: str | None) -> Iterator[Document]:

@@ -15,7 +15,7 @@ from microtome.common.errors import InputError, MissingDependencyError, unknown_
 from microtome.text.documents import Document, describe_files, text_cell, text_column
 
 OPTIONS = ("config", "split", "column", "revision")
-_SAVED_TO_DISK = ("dataset_dict.json", "state.json")
+_DEFAULT_SPLIT = "train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,26 +60,54 @@ def open_hub_dataset(name: str, *, column: str | None = None, options: Mapping[s
     for option in given:
         if option not in OPTIONS:
             raise unknown_name("option", option, OPTIONS)
-    split, config, revision = given.get("split", "train"), given.get("config"), given.get("revision")
-    rows, found = _open(name, config, split, revision)
-    first = next(iter(rows), None)
+    config = given.get("config")
+    if _is_saved(name):
+        rows, split, revision = *_open_saved(name, given.get("split")), None
+    else:
+        split = given.get("split", _DEFAULT_SPLIT)
+        rows, revision = _stream(name, config, split, given.get("revision"))
+    try:
+        first = next(iter(rows), None)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The dataset {name} cannot be read: {error}") from error
     if first is None:
         raise InputError(f"Split {split!r} of the dataset {name} is empty")
     column = text_column({k: isinstance(v, str | None) for k, v in first.items()}, given.get("column", column), name)
-    return HubCorpus(dataset=name, config=config, split=split, column=column, revision=found, rows=rows)
+    return HubCorpus(dataset=name, config=config, split=split, column=column, revision=revision, rows=rows)
 
 
-def _open(name: str, config: str | None, split: str, revision: str | None) -> tuple[Any, str | None]:
-    """The rows of one split, and the revision that was found."""
+def _is_saved(name: str) -> bool:
+    """Whether NAME is a folder that `save_to_disk` wrote."""
+    return any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
+
+
+def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
         raise MissingDependencyError(
-            f"Reading the Hugging Face dataset {name} needs the package datasets", fix="pip install 'microtome[hub]'"
+            "Reading a Hugging Face dataset needs the package datasets", fix="pip install 'microtome[hub]'"
         ) from error
-    folder = Path(name)
-    if any((folder / mark).is_file() for mark in _SAVED_TO_DISK):
-        return _saved_split(datasets.load_from_disk(name), name, split), None
+    return datasets
+
+
+def _open_saved(name: str, split: str | None) -> tuple[Any, str]:
+    """The rows of one split of what `save_to_disk` wrote, and its name. A dataset with no splits is its own train split."""
+    saved = _datasets().load_from_disk(name)
+    if isinstance(saved, dict):
+        splits = saved
+    else:
+        own = str(saved.split or _DEFAULT_SPLIT)
+        splits, split = {own: saved}, split or own
+    split = split or _DEFAULT_SPLIT
+    if split not in splits:
+        raise unknown_name(f"split of {name}", split, splits, InputError)
+    return splits[split], split
+
+
+def _stream(name: str, config: str | None, split: str, revision: str | None) -> tuple[Any, str | None]:
+    """The rows of one split, read as they are asked for, and the revision that was found."""
+    datasets = _datasets()
     try:
         builder = datasets.load_dataset_builder(name, config, revision=revision)
         return builder.as_streaming_dataset(split=split), _revision(builder)
@@ -96,15 +124,3 @@ def _revision(builder: Any) -> str | None:
     """The commit of a hub dataset, from an address like `hf://datasets/NAME@COMMIT`; else the hash of a cached copy."""
     _, at, commit = str(builder.base_path or "").partition("@")
     return commit.split("/")[0] if at else builder.hash
-
-
-def _saved_split(saved: Any, name: str, split: str) -> Any:
-    """`split` of what `load_from_disk` gave: a dict of splits, or a single one, which needs no name."""
-    if isinstance(saved, dict):
-        if split not in saved:
-            raise unknown_name(f"split of {name}", split, saved, InputError)
-        return saved[split]
-    own = str(saved.split) if saved.split is not None else split
-    if split not in (own, "train"):
-        raise unknown_name(f"split of {name}", split, [own], InputError)
-    return saved

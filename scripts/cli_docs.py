@@ -27,7 +27,7 @@ def help_of(arguments: list[str]) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         main([*arguments, "--help"])
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
 def page() -> str:

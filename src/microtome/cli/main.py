@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import microtome
 from microtome.cli.options import CommandOptions
@@ -37,6 +37,7 @@ COMMANDS = {
 _KEPT = "What was finished is kept: run the same command again to go on."
 
 
+@runtime_checkable
 class CommandModule(Protocol):
     """What a command's module holds."""
 

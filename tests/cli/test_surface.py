@@ -1,0 +1,61 @@
+"""The commands and their options, frozen: whoever changes one changes it here and in docs/cli.md too, on purpose."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from microtome.cli.main import COMMANDS, load_command, usage
+from microtome.cli.options import CommandOptions
+
+COMMON = ["json"]
+SURFACE = {
+    "doctor": ["offline", "timeout"],
+    "models": [],
+    "generate": [
+        *("model", "dtype", "device", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed"),
+        *("recipe", "out", "overwrite"),
+    ],
+}
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_commands() -> None:
+    assert list(COMMANDS) == list(SURFACE)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_options(name: str) -> None:
+    options = load_command(name).Options
+    assert [field.name for field in dataclasses.fields(options)] == [*COMMON, *SURFACE[name]]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_keeps_the_house_pattern(name: str) -> None:
+    command = load_command(name)
+    assert issubclass(command.Options, CommandOptions)
+    assert command.Options.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert all(field.kw_only for field in dataclasses.fields(command.Options))
+    assert callable(command.run)
+    assert callable(command.show)
+    assert command.Options.__doc__
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_importing_a_command_loads_no_torch(name: str) -> None:
+    code = f"import sys, {COMMANDS[name].module}\nassert 'torch' not in sys.modules\nassert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_usage_names_each_command() -> None:
+    rows = [line.split()[0] for line in usage().splitlines() if line.startswith("  ")]
+    assert rows == list(COMMANDS)
+
+
+def test_the_page_of_commands_is_up_to_date() -> None:
+    run = subprocess.run(
+        [sys.executable, ROOT / "scripts/cli_docs.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr

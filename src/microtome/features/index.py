@@ -32,7 +32,7 @@ from microtome.features.results import (
 from microtome.features.strings import TokenStrings
 
 if TYPE_CHECKING:
-    from microtome.dictionary import TopKSAE
+    from microtome.dictionary import Dictionary
     from microtome.features.prompt import Reader
     from microtome.model import HookedModel
 
@@ -52,6 +52,7 @@ SORTS = (
 )
 _ROW = "feature, count, n_sequences, density, mean, std, max, top_token, encoder_norm, decoder_norm, bias"
 _LOAD = f"""
+SET GLOBAL parquet_metadata_cache = true;
 CREATE TABLE rows AS SELECT {_ROW} FROM features_file ORDER BY feature;
 CREATE TABLE peaks AS SELECT feature, token, value FROM examples_file WHERE kind = 'top';
 CREATE TABLE promoted AS SELECT feature, unnest(top_logit_ids) AS token FROM features_file WHERE count > 0;
@@ -195,7 +196,7 @@ class FeatureIndex:
         text: str,
         *,
         model: "HookedModel | None" = None,
-        dictionary: "TopKSAE | None" = None,
+        dictionary: "Dictionary | None" = None,
         k: int | None = None,
     ) -> PromptFeatures:
         """The latents that fire on each token of `text`, strongest first, at most `k` a token.
@@ -206,9 +207,9 @@ class FeatureIndex:
         from microtome.features.prompt import Reader
 
         if model is not None or dictionary is not None:
-            return Reader.of(self.record, model, dictionary).read(text, self.strings, k)
+            return Reader.of(self.record, self.path, model, dictionary).read(text, self.strings, k)
         if self._reader is None:
-            self._reader = Reader.of(self.record)
+            self._reader = Reader.of(self.record, self.path)
         return self._reader.read(text, self.strings, k)
 
     def _ask(self, sql: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:

@@ -20,7 +20,9 @@ from microtome.features.summary import FeatureSummary
 
 FEATURES, HISTOGRAM, EXAMPLES = "features.parquet", "histogram.parquet", "examples.parquet"
 _GROUP = 256
-_EXAMPLE_GROUP = 64
+"""Latents in a row group."""
+_FEW_VALUES = ["kind", "band", "document"]
+"""Columns worth a dictionary; the others are smaller without one."""
 
 Tokens = Integer[np.ndarray, "sequences context"]
 DocumentOf = Callable[[int, int], str | None]
@@ -157,7 +159,7 @@ def _histogram_tables(summary: FeatureSummary) -> Iterator[pa.Table]:
 def _example_tables(
     summary: FeatureSummary, examples: Examples, tokens: Tokens, document_of: DocumentOf | None
 ) -> Iterator[pa.Table]:
-    cuts = np.searchsorted(examples.entries.feature, np.arange(0, summary.d_sae + _EXAMPLE_GROUP, _EXAMPLE_GROUP))
+    cuts = np.searchsorted(examples.entries.feature, np.arange(0, summary.d_sae + _GROUP, _GROUP))
     for start, stop in itertools.pairwise(cuts):
         rows = np.arange(start, stop, dtype=np.int64)
         part = Examples(examples.entries.take(rows), examples.band[rows], examples.rank[rows])
@@ -192,13 +194,18 @@ def _example_table(summary: FeatureSummary, part: Examples, tokens: Tokens, docu
     )
 
 
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    few = [name for name in _FEW_VALUES if name in schema.names]
+    return pq.ParquetWriter(path, schema, compression="zstd", compression_level=9, use_dictionary=few)
+
+
 def _write(path: Path, tables: Iterator[pa.Table]) -> None:
     """One row group a table, none left half-written."""
     with atomic_file(path) as temporary:
         writer: pq.ParquetWriter | None = None
         try:
             for table in tables:
-                writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd", compression_level=9)
+                writer = writer or _writer(temporary, table.schema)
                 writer.write_table(table, row_group_size=max(len(table), 1))
         finally:
             if writer is not None:

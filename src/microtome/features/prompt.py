@@ -1,0 +1,64 @@
+"""Which latents fire on a text: the model up to the dictionary's hook point, then the encoder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from microtome.common.errors import ArtifactError
+from microtome.dictionary import Dictionary, load_dictionary
+from microtome.dictionary.evaluate import check_fit
+from microtome.features.config import IndexRecord
+from microtome.features.results import PromptFeatures
+from microtome.features.strings import TokenStrings
+from microtome.model import HookedModel, load_model
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model and the dictionary that reads it."""
+
+    model: HookedModel
+    dictionary: Dictionary
+    bos_id: int | None
+
+    @classmethod
+    def of(
+        cls, record: IndexRecord, folder: Path, model: HookedModel | None = None, dictionary: Dictionary | None = None
+    ) -> "Reader":
+        """The two that the `record` of the index in `folder` names, but for those given.
+
+        Raises ArtifactError when the dictionary is another than the one that was indexed.
+        """
+        dictionary = dictionary if dictionary is not None else load_dictionary(_find(record.dictionary, folder))
+        if dictionary.fingerprint != record.dictionary_fingerprint:
+            raise ArtifactError(
+                "This is not the dictionary that the index describes",
+                got=f"fingerprint {dictionary.fingerprint}",
+                expected=f"{record.dictionary_fingerprint} ({record.dictionary})",
+                fix="Pass the dictionary that was indexed, or build the index again with this one",
+            )
+        model = model if model is not None else load_model(record.model)
+        check_fit(model, dictionary)
+        return cls(model, dictionary, record.bos_id)
+
+    def read(self, text: str, strings: TokenStrings, k: int | None = None) -> PromptFeatures:
+        """The latents that fire on each token of `text`, strongest first (of equal ones the smaller), at most `k`."""
+        tokens = self.model.to_tokens(text)
+        ids = [int(i) for i in tokens[0]]
+        hook = self.dictionary.hook_name
+        with torch.inference_mode():
+            acts = self.model.activations(tokens, hook)[hook][0].flatten(1)
+            codes = self.dictionary.encode(acts.to(self.dictionary.W_enc.dtype))
+        features: list[list[tuple[int, float]]] = []
+        for token, latents, values in zip(ids, codes.indices.tolist(), codes.values.tolist(), strict=True):
+            fired = sorted(((f, v) for f, v in zip(latents, values, strict=True) if v > 0), key=lambda p: (-p[1], p[0]))
+            features.append([] if token == self.bos_id else fired[:k])
+        return PromptFeatures(tokens=strings.show(ids), token_ids=ids, features=features)
+
+
+def _find(dictionary: str, folder: Path) -> Path:
+    """Where the index was told that its dictionary is, or beside the index, if both have moved together."""
+    path = Path(dictionary)
+    beside = folder.parent / path.name
+    return beside if beside.exists() and not path.exists() else path

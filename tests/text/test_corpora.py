@@ -23,6 +23,7 @@ def folder(tmp_path: Path) -> Path:
     (root / "a.md").write_text("a")
     (root / "sub" / "c.jsonl").write_text('{"text": "c0"}\n{"text": "c1"}\n')
     (root / "sub" / ".hidden" / "d.txt").write_text("hidden")
+    (root / "package.json").write_text('{"name": "prose", "version": "1"}')
     (root / "picture.png").write_bytes(b"\x89PNG\0")
     return root
 
@@ -66,6 +67,8 @@ def test_a_folder_gives_its_text_files_at_any_depth(folder: Path) -> None:
 def test_a_glob_gives_the_files_it_matches(folder: Path) -> None:
     assert sources(open_corpus(f"{folder}/*.txt")) == ["b.txt"]
     assert sources(open_corpus(f"{folder}/**/*.jsonl")) == ["sub/c.jsonl#0", "sub/c.jsonl#1"]
+    (folder / "e.json").write_text('["e0", "e1"]')
+    assert sources(open_corpus(f"{folder}/e.json*")) == ["e.json#0", "e.json#1"]
     assert sources(open_corpus(f"{folder}/?.md")) == ["a.md"]
     assert sources(open_corpus(f"{folder.parent}/*/[ab].*")) == ["prose/a.md", "prose/b.txt"]
 

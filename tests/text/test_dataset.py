@@ -114,6 +114,9 @@ def test_a_cut_or_missing_file_is_found_when_opening(copy: Path, name: str) -> N
     (copy / name).unlink()
     with pytest.raises(ArtifactError, match=rf"{name} is damaged\. Got: no"):
         TokenDataset.open(copy)
+    (copy / "summary.json").unlink()
+    with pytest.raises(ArtifactError, match=r"summary\.json is damaged\. Got: no file"):
+        TokenDataset.open(copy)
 
 
 def test_what_is_no_dataset_is_said(tmp_path: Path) -> None:

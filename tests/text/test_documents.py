@@ -29,7 +29,16 @@ def _write_parquet(path: Path) -> None:
     pq.write_table(pa.table({"id": range(len(TEXTS)), "text": TEXTS}), path)
 
 
-WRITERS: dict[str, Callable[[Path], None]] = {"jsonl": _write_jsonl, "csv": _write_csv, "parquet": _write_parquet}
+def _write_json(path: Path) -> None:
+    path.write_text(json.dumps([{"text": t, "source": "x"} for t in TEXTS], indent=1), encoding="utf-8")
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "jsonl": _write_jsonl,
+    "json": _write_json,
+    "csv": _write_csv,
+    "parquet": _write_parquet,
+}
 
 
 def compress(path: Path, ending: str) -> Path:
@@ -113,9 +122,9 @@ def test_an_unclear_or_missing_column_is_an_error_that_lists_the_columns(tmp_pat
         path.write_text("title,body\nt,b\n")
     else:
         pq.write_table(pa.table({"title": ["t"], "body": ["b"]}), path)
-    with pytest.raises(InputError, match=r"not clear which column of a\.\w+.* is the text.*'title', 'body'"):
+    with pytest.raises(InputError, match=r"not clear which column of .*a\.\w+ is the text.*'title', 'body'"):
         read(path)
-    with pytest.raises(InputError, match=r"Column 'text' of a\.\w+.* is not there.*'title', 'body'"):
+    with pytest.raises(InputError, match=r"Column 'text' of .*a\.\w+ is not there.*'title', 'body'"):
         read(path, "text")
     assert [d.text for d in read(path, "body")] == ["b"]
 
@@ -135,10 +144,12 @@ BAD = {
     "wide.txt": ("slice".encode("utf-16"), r"wide\.txt is not UTF-8: it begins with the mark of UTF-16"),
     "latin.csv": (b"text\ngr\xfcn\n", r"latin\.csv is not UTF-8: byte 0xfc at offset 7"),
     "latin.jsonl": (b'{"text": "gr\xfcn"}\n', r"latin\.jsonl is not UTF-8: byte 0xfc at offset 12"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"Line 2 of broken\.jsonl is not JSON"),
-    "list.jsonl": (b"[1]\n", r"Line 1 of list\.jsonl is a JSON list"),
-    "number.jsonl": (b'{"text": "a"}\n{"text": 3}\n', r"Line 2 of number\.jsonl holds something else.*int"),
-    "gone.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', r"Column 'text' of gone\.jsonl, line 2, is not there"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"not JSON: line 2 of broken\.jsonl"),
+    "list.jsonl": (b"[1]\n", r"A record is a JSON list: line 1 of list\.jsonl"),
+    "number.jsonl": (b'{"text": "a"}\n{"text": 3}\n', r"holds something else in line 2 of number\.jsonl\. Got: int"),
+    "gone.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', r"Column 'text' of line 2 of gone\.jsonl is not there"),
+    "broken.json": (b'["a", "b"', r"not JSON: broken\.json"),
+    "number.json": (b'["a", 3]', r"A record is a JSON int: entry 1 of number\.json"),
     "ragged.csv": (b"id,text\n1,a\n2\n", r"Line 3 of ragged\.csv has 1 fields.*2, as in the header"),
     "open.csv": (b'text\n"never closed\n', r"Line 2 of open\.csv is not CSV"),
     "fake.parquet": (b"no parquet at all", r"fake\.parquet is damaged"),
@@ -157,9 +168,11 @@ def test_a_bad_file_is_named_with_the_place(tmp_path: Path, name: str) -> None:
         read(path)
 
 
-def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="There is no file .*gone.txt"):
         read(tmp_path / "gone.txt")
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read(tmp_path)
 
 
 def test_an_empty_file_is_an_empty_document_or_no_record(tmp_path: Path) -> None:

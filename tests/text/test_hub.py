@@ -77,6 +77,15 @@ def test_what_is_not_in_the_dataset_is_an_error(parquet_folder: Path) -> None:
         open_corpus(f"{spec}?spilt=test")
 
 
+def test_a_copy_that_breaks_off_says_how_far_it_was_read(tmp_path: Path) -> None:
+    (tmp_path / "train-0.jsonl").write_text('{"text": "slice 0"}\n{"text": "slice 1"}\n')
+    (tmp_path / "train-1.jsonl").write_text('{"text": "never ends\n')
+    read: list[str] = []
+    with pytest.raises(InputError, match=r"Reading hf:.*/train failed after 2 rows"):
+        read.extend(document.text for document in open_corpus(f"hf:{tmp_path}"))
+    assert read == ["slice 0", "slice 1"]
+
+
 def test_an_empty_split_and_a_folder_without_data_are_errors(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "train.csv").write_text("text\n")

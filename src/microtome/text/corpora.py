@@ -102,8 +102,8 @@ def open_corpus(spec: str | Path | Sequence[str | Path], *, column: str | None =
 
     - `python-stdlib`: the sources of the running interpreter's standard library, without its tests;
     - `demo`: the small corpus that ships with Microtome;
-    - a file, a folder (all files in it with a known ending) or a glob: txt, md, rst, html, jsonl, csv, Parquet, each also
-      with `.gz` or `.zst`;
+    - a file, a folder (all files in it with a known ending) or a glob: txt, md, rst, html, jsonl, json, csv, Parquet, each
+      also with `.gz` or `.zst`;
     - `hf:NAME?config=…&split=…&column=…&revision=…`: a Hugging Face dataset, or a local copy of one;
     - several of these, in a list or with commas between.
 
@@ -160,9 +160,9 @@ def _find_files(where: str) -> list[tuple[str, Path]]:
 
 
 def _files_in(folder: Path) -> list[tuple[str, Path]]:
-    """The files of a folder and its folders that have a known ending."""
+    """The files of a folder and its folders that have a known ending; not `.json`, which is mostly about the others."""
     found = _visible_files(folder, "**/*")
-    known = [(name, path) for name, path in found if file_format(path)[0]]
+    known = [(name, path) for name, path in found if file_format(path)[0] not in (None, "json")]
     if not known:
         endings = ", ".join(sorted({path.suffix or "(none)" for _, path in found}))
         raise InputError(

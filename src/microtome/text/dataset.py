@@ -55,6 +55,8 @@ class TokenDataset:
         """The whole dataset at `path`. Raises ArtifactError if there is none, or a file is missing or has another length."""
         path = Path(path)
         config = read_head(path, KIND)
+        if not (path / SUMMARY).is_file():
+            raise _damaged(path / SUMMARY, "no file", "the counts and checksums")
         summary = read_json(path / SUMMARY)
         for name, about in summary["files"].items():
             size = (path / name).stat().st_size if (path / name).is_file() else "no"

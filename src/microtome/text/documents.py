@@ -58,9 +58,11 @@ def read_documents(path: Path, name: str, column: str | None = None) -> Iterator
         raise InputError(f"There is no file {path}") from error
     except OSError as error:
         # Arrow reports a damaged or cut-off stream as an OSError without a number; the operating system's own have one.
-        if error.errno is not None:
-            raise
-        raise InputError(f"{name} is damaged: {error}", expected=f"a readable {compression or kind} file") from error
+        if error.errno is None:
+            raise InputError(
+                f"{name} is damaged: {error}", expected=f"a readable {compression or kind} file"
+            ) from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def describe_files(files: Sequence[tuple[str, Path]]) -> JsonObject:
@@ -111,7 +113,7 @@ def text_cell(text: object, where: str) -> str:
         return ""
     if not isinstance(text, str):
         raise InputError(
-            f"{where} holds something else in its text column", got=type(text).__name__, expected="a string"
+            f"The text column holds something else in {where}", got=type(text).__name__, expected="a string"
         )
     return text
 
@@ -165,28 +167,37 @@ def _read_html(stream: io.BufferedReader, name: str, _column: str | None) -> Ite
 def _read_jsonl(stream: io.BufferedReader, name: str, column: str | None) -> Iterator[Document]:
     number = 0
     for at, line in enumerate(_lines(stream, name), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"Line {at} of {name} is not JSON: {error}", got=repr(line[:60])) from error
-        if isinstance(row, str):
-            text: object = row
-        elif isinstance(row, dict):
-            column = (
-                column
-                if column in row
-                else text_column({k: isinstance(v, str | None) for k, v in row.items()}, column, f"{name}, line {at},")
-            )
-            text = row[column]
-        else:
-            raise InputError(
-                f"Line {at} of {name} is a JSON {type(row).__name__}",
-                expected="an object with a text column, or a string",
-            )
-        yield Document(text_cell(text, f"Line {at} of {name}"), f"{name}#{number}")
-        number += 1
+        if line.strip():
+            where = f"line {at} of {name}"
+            column, text = _json_text(_parse_json(line, where), column, where)
+            yield Document(text, f"{name}#{number}")
+            number += 1
+
+
+def _read_json(stream: io.BufferedReader, name: str, column: str | None) -> Iterator[Document]:
+    rows = _parse_json(_decode(stream.read(), name, 0), name)
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
+        column, text = _json_text(row, column, f"entry {number} of {name}")
+        yield Document(text, f"{name}#{number}")
+
+
+def _parse_json(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"This is not JSON: {where} ({error})", got=repr(text[:60])) from error
+
+
+def _json_text(row: object, column: str | None, where: str) -> tuple[str | None, str]:
+    """The text column (found, if it was not known) and the text of a record: an object, or the bare text."""
+    if isinstance(row, str):
+        return column, row
+    if not isinstance(row, dict):
+        kind = type(row).__name__
+        raise InputError(f"A record is a JSON {kind}: {where}", expected="an object with a text column, or a string")
+    if column is None or column not in row:
+        column = text_column({key: isinstance(value, str | None) for key, value in row.items()}, column, where)
+    return column, text_cell(row[column], where)
 
 
 def _read_csv(stream: io.BufferedReader, name: str, column: str | None) -> Iterator[Document]:
@@ -225,7 +236,7 @@ def _read_parquet(stream: io.BufferedReader, name: str, column: str | None) -> I
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             for text in batch.column(0).to_pylist():
-                yield Document(text_cell(text, f"Row {number} of {name}"), f"{name}#{number}")
+                yield Document(text_cell(text, f"row {number} of {name}"), f"{name}#{number}")
                 number += 1
     except pa.ArrowInvalid as error:
         raise InputError(f"{name} is damaged: {error}", expected="a Parquet file") from error
@@ -281,6 +292,7 @@ _READERS: dict[str, Callable[[io.BufferedReader, str, str | None], Iterator[Docu
     "text": _read_text,
     "html": _read_html,
     "jsonl": _read_jsonl,
+    "json": _read_json,
     "csv": _read_csv,
     "parquet": _read_parquet,
 }
@@ -288,6 +300,7 @@ FORMATS = {
     **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".py"), "text"),
     **dict.fromkeys((".html", ".htm", ".xhtml"), "html"),
     **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
+    ".json": "json",
     ".csv": "csv",
     ".parquet": "parquet",
 }

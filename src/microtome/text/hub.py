@@ -34,9 +34,13 @@ class HubCorpus:
         return f"hf:{self.dataset}" + (f"/{self.config}" if self.config else "")
 
     def __iter__(self) -> Iterator[Document]:
-        label = f"{self.name}/{self.split}"
-        for number, row in enumerate(self.rows.select_columns([self.column])):
-            yield Document(text_cell(row[self.column], f"Row {number} of {label}"), f"{label}#{number}")
+        label, number = f"{self.name}/{self.split}", 0
+        try:
+            for row in self.rows.select_columns([self.column]):
+                yield Document(text_cell(row[self.column], f"row {number} of {label}"), f"{label}#{number}")
+                number += 1
+        except (OSError, ValueError) as error:
+            raise InputError(f"Reading {label} failed after {number} rows: {error}", fix="Check the network") from error
 
     def describe(self) -> JsonObject:
         """Name, config, split, column and revision; for a local folder also its files with sizes and checksums."""

@@ -1,0 +1,31 @@
+"""What the server's tests share: the tiny index, a client in process, and a hostile copy of the index."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from microtome.features import FeatureIndex, open_index
+from microtome.web.server import create_app
+
+from ..features.tiny import make_tiny_index  # noqa: TID252 – tests share their tiny index
+
+BASE = "http://127.0.0.1:8700"
+
+
+@pytest.fixture(scope="session")
+def index_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_index(tmp_path_factory.mktemp("web") / "index")
+
+
+@pytest.fixture(scope="session")
+def index(index_path: Path) -> FeatureIndex:
+    return open_index(index_path)
+
+
+@pytest.fixture(scope="session")
+def client(index: FeatureIndex) -> Iterator[TestClient]:
+    """The workbench without a model, as a browser on this machine sees it."""
+    with TestClient(create_app(index, loader=None), base_url=BASE) as client:
+        yield client

@@ -1,0 +1,18 @@
+import { expect, test } from "vitest";
+import { breaksLine, parts, quoted, visible } from "$lib/pure/tokens";
+
+test("line ends and tabs are shown by marks", () => {
+  expect(visible("a\r\nb\nc\td\re")).toBe("a↵b↵c→d␍e");
+  expect(visible("<img src=x onerror=alert(1)>")).toBe("<img src=x onerror=alert(1)>");
+});
+
+test("a line breaks after either form of a newline", () => {
+  expect([breaksLine("\n"), breaksLine(" ↵"), breaksLine("word")]).toEqual([true, true, false]);
+});
+
+test("outer spaces are drawn as boxes, inner ones stay", () => {
+  expect(parts("  in it ")).toEqual({ before: "␣␣", text: "in it", after: "␣" });
+  expect(quoted(" court")).toBe("␣court");
+  expect(quoted("   ")).toBe("␣␣␣");
+  expect(quoted("")).toBe("∅");
+});

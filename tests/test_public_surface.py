@@ -12,11 +12,11 @@ import microtome
 
 # The names of the contract that exist so far. A name may be added; taking one away breaks somebody's notebook.
 SURFACE = {
-    *("open_corpus", "tokenize_corpus", "TokenDataset"),
+    *("open_corpus", "TokenizeConfig", "tokenize_corpus", "TokenDataset"),
     "load_model",
-    "harvest",
-    *("TopKConfig", "train", "load_dictionary", "evaluate"),
-    *("build_index", "open_index"),
+    *("HarvestConfig", "harvest"),
+    *("TopKConfig", "TrainConfig", "train", "load_dictionary", "EvaluateConfig", "evaluate"),
+    *("IndexConfig", "build_index", "open_index"),
     "MicrotomeError",
     "__version__",
 }

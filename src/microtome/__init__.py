@@ -8,16 +8,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from microtome.activations import HarvestConfig as HarvestConfig
     from microtome.activations import harvest as harvest
     from microtome.common.errors import MicrotomeError as MicrotomeError
+    from microtome.dictionary import EvaluateConfig as EvaluateConfig
     from microtome.dictionary import TopKConfig as TopKConfig
+    from microtome.dictionary import TrainConfig as TrainConfig
     from microtome.dictionary import evaluate as evaluate
     from microtome.dictionary import load_dictionary as load_dictionary
     from microtome.dictionary import train as train
+    from microtome.features import IndexConfig as IndexConfig
     from microtome.features import build_index as build_index
     from microtome.features import open_index as open_index
     from microtome.model import load_model as load_model
     from microtome.text import TokenDataset as TokenDataset
+    from microtome.text import TokenizeConfig as TokenizeConfig
     from microtome.text import open_corpus as open_corpus
     from microtome.text import tokenize_corpus as tokenize_corpus
 
@@ -26,14 +31,19 @@ __version__ = "0.1.0"
 # Where each public name lives, in the order of the data's path.
 _HOMES = {
     "open_corpus": "microtome.text",
+    "TokenizeConfig": "microtome.text",
     "tokenize_corpus": "microtome.text",
     "TokenDataset": "microtome.text",
     "load_model": "microtome.model",
+    "HarvestConfig": "microtome.activations",
     "harvest": "microtome.activations",
     "TopKConfig": "microtome.dictionary",
+    "TrainConfig": "microtome.dictionary",
     "train": "microtome.dictionary",
     "load_dictionary": "microtome.dictionary",
+    "EvaluateConfig": "microtome.dictionary",
     "evaluate": "microtome.dictionary",
+    "IndexConfig": "microtome.features",
     "build_index": "microtome.features",
     "open_index": "microtome.features",
     "MicrotomeError": "microtome.common.errors",

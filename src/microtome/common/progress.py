@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 _PATIENCE_S = 2.0
 _LOG_EVERY_S = 15.0
 
 
+@runtime_checkable
 class Progress(Protocol):
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Say that `amount` more of the total is done; `note` replaces the text behind the bar."""

@@ -8,9 +8,11 @@ import pytest
 from microtome.common.errors import ConfigError, InputError
 from microtome.features import FeatureSummary, IndexConfig, merge
 from microtome.features.config import BINS, OCTAVES, histogram_edges
+from microtome.features.summary import window_keys
 from microtome.features.write import band_sequences, choose_examples
 
 D_SAE, CONTEXT, N, K = 24, 20, 60, 5
+NO_TOKENS = np.zeros((1, CONTEXT), np.int64)
 CONFIG = IndexConfig(top=4, bands=3, per_band=2, window=8, histogram_top=5, seed=3)
 
 
@@ -21,6 +23,8 @@ class Data:
 
     def __init__(self, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
+        self.tokens = rng.integers(0, 50, (N, CONTEXT))
+        self.tokens[20:26] = self.tokens[20]  # text that repeats, with other values
         self.counted = rng.random((N, CONTEXT)) > 0.1
         self.counted[:, 0] = False
         self.counted[7] = False
@@ -38,13 +42,17 @@ class Data:
         self.indices = rank.astype(np.int32)
         self.values = np.take_along_axis(self.dense, rank, 2)
 
+    def window(self, sequence: int, position: int) -> bytes:
+        begin = min(max(position - CONFIG.lead, 0), CONTEXT - CONFIG.window)
+        return self.tokens[sequence, begin : begin + CONFIG.window].tobytes()
+
     def summary(self, ranges: list[tuple[int, int]], batch: int = 7, config: IndexConfig = CONFIG) -> FeatureSummary:
         state = FeatureSummary(D_SAE, CONTEXT, config)
         for start, stop in ranges:
             for first in range(start, stop, batch):
                 rows = slice(first, min(first + batch, stop))
                 mask = self.counted[rows]
-                state.update(first, mask, self.indices[rows][mask], self.values[rows][mask])
+                state.update(first, self.tokens[rows], mask, self.indices[rows][mask], self.values[rows][mask])
         return state
 
 
@@ -98,8 +106,10 @@ def test_examples_equal_a_plain_loop(data: Data, whole: FeatureSummary) -> None:
         dense = data.dense[:, :, f]
         peaks = sorted((-dense[s].max(), s, int(dense[s].argmax())) for s in range(N) if dense[s].max() > 0)
         mine = np.flatnonzero((entries.feature == f) & (chosen.band < 0))
+        first_of = {data.window(s, p): (v, s, p) for v, s, p in reversed(peaks)}
+        distinct = [peak for peak in peaks if peak in first_of.values()]
         got = [(-float(entries.value[i]), int(entries.sequence[i]), int(entries.position[i])) for i in mine]
-        assert got == [(float(v), s, p) for v, s, p in peaks[: CONFIG.top]]
+        assert got == [(float(v), s, p) for v, s, p in distinct[: CONFIG.top]]
         assert chosen.rank[mine].tolist() == list(range(len(mine)))
         in_bands = [0] * CONFIG.bands
         for value, _, _ in peaks:
@@ -203,7 +213,9 @@ def test_the_same_sequences_do_not_count_twice(data: Data) -> None:
     with pytest.raises(InputError, match="already counted"):
         merge(state, data.summary([(29, 31)]))
     with pytest.raises(InputError, match="already counted"):
-        state.update(5, data.counted[5:6], data.indices[5][data.counted[5]], data.values[5][data.counted[5]])
+        state.update(
+            5, data.tokens[5:6], data.counted[5:6], data.indices[5][data.counted[5]], data.values[5][data.counted[5]]
+        )
     assert merge(state, data.summary([(10, 20)])).covered == [(0, 30)]
 
 
@@ -218,16 +230,16 @@ def test_impossible_values(value: float, says: str) -> None:
     state = FeatureSummary(D_SAE, CONTEXT, CONFIG)
     values = np.array([[1.0, value]], np.float32)
     with pytest.raises(InputError, match=says):
-        state.update(0, _one_position(), np.array([[0, 1]], np.int32), values)
+        state.update(0, NO_TOKENS, _one_position(), np.array([[0, 1]], np.int32), values)
 
 
 def test_latents_that_are_not_there_and_codes_that_do_not_fit() -> None:
     state = FeatureSummary(D_SAE, CONTEXT, CONFIG)
     with pytest.raises(InputError, match="latent that is not there"):
-        state.update(0, _one_position(), np.array([[D_SAE]], np.int32), np.ones((1, 1), np.float32))
+        state.update(0, NO_TOKENS, _one_position(), np.array([[D_SAE]], np.int32), np.ones((1, 1), np.float32))
     with pytest.raises(InputError, match="do not fit"):
         FeatureSummary(D_SAE, CONTEXT, CONFIG).update(
-            0, _one_position(), np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32)
+            0, NO_TOKENS, _one_position(), np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32)
         )
 
 
@@ -237,10 +249,32 @@ def _one_position() -> np.ndarray:
     return counted
 
 
+def test_equal_windows_have_equal_keys() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 3, (40, 12))
+    keys = window_keys(tokens, 4)
+    assert keys.shape == (40, 9)
+    by_key: dict[int, set[bytes]] = {}
+    for s, start in np.ndindex(keys.shape):
+        by_key.setdefault(int(keys[s, start]), set()).add(tokens[s, start : start + 4].tobytes())
+    assert all(len(windows) == 1 for windows in by_key.values())
+    assert len(by_key) == len({w for windows in by_key.values() for w in windows}) > 50
+
+
+@pytest.mark.parametrize("top", [-3, 5, 20])
+def test_bins_are_those_of_the_edges(top: int) -> None:
+    state = FeatureSummary(1, CONTEXT, IndexConfig(histogram_top=top))
+    edges = np.array(histogram_edges(top), np.float32)
+    rng = np.random.default_rng(0)
+    values = np.concatenate([edges, np.nextafter(edges, 0), np.exp2(rng.uniform(-40, 30, 5000)), [1e-45, 1e-38]])
+    values = values.astype(np.float32)
+    assert state.bin(values).tolist() == np.searchsorted(edges[1:-1], values, side="right").tolist()
+
+
 def test_values_beyond_the_histogram_count_to_its_ends() -> None:
     state = FeatureSummary(2, CONTEXT, CONFIG)
     values = np.array([[1e-30, 1e5]], np.float32)
-    state.update(0, _one_position(), np.array([[0, 1]], np.int32), values)
+    state.update(0, NO_TOKENS, _one_position(), np.array([[0, 1]], np.int32), values)
     assert (state.histogram[0, 0], state.histogram[1, -1]) == (1, 1)
     assert (state.octaves[0, 0], state.octaves[1, -1]) == (1, 1)
     assert len(choose_examples(state).entries) == 2

@@ -119,7 +119,7 @@ def make_tiny_index(folder: Path) -> Path:
     summary = FeatureSummary(D_SAE, CONTEXT, config)
     counted = np.ones(tokens.shape, np.bool_)
     counted[:, 0] = False
-    summary.update(0, counted, *make_codes(tokens, tokenizer))
+    summary.update(0, tokens, counted, *make_codes(tokens, tokenizer))
     record = IndexRecord(
         model="tiny-model",
         dictionary="tiny-dictionary",

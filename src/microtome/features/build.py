@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerFast
 
 from microtome.activations import ActivationStore, ModelSource, StoreSource
@@ -141,18 +141,15 @@ class _Pass:
             bar.advance(first * self.dataset.context)
             for block in range(first // self.config.batch, self.source.n_blocks):
                 start = block * self.config.batch
-                counted = self._counted(start)
-                summary.update(start, counted, *self.codes(block))
+                tokens = self.dataset.batch(start, min(start + self.config.batch, self.dataset.n_sequences))
+                counted = np.isin(tokens, self.dataset.special_ids, invert=True)
+                summary.update(start, tokens, counted, *self.codes(block))
                 bar.advance(counted.size)
                 seen = start + len(counted)
                 if self.config.checkpoint_every and seen - saved >= self.config.checkpoint_every:
                     _save(summary, made.folder / _CHECKPOINT)
                     saved = seen
         return summary
-
-    def _counted(self, start: int) -> Bool[np.ndarray, "sequence context"]:
-        tokens = self.dataset.batch(start, min(start + self.config.batch, self.dataset.n_sequences))
-        return np.isin(tokens, self.dataset.special_ids, invert=True)
 
     def _begin(self, checkpoint: Path) -> FeatureSummary:
         if not checkpoint.exists():

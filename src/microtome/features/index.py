@@ -321,7 +321,8 @@ WITH hit AS (
     SELECT feature, count(*) FILTER (token IN (SELECT unnest(?::INT[]))) / count(*) AS score
     FROM promoted GROUP BY feature
 )
-SELECT feature, hit.score + said.score / 2 FROM hit JOIN said USING (feature) WHERE hit.score + said.score > 0
+SELECT feature, hit.score + coalesce(said.score, 0) / 2 FROM hit LEFT JOIN said USING (feature)
+WHERE hit.score + coalesce(said.score, 0) > 0
 """
 
 

@@ -26,6 +26,8 @@ class Entries:
     """The high 32 bits rank the example; the low ones are its sequence, which breaks ties."""
     value: Float32[np.ndarray, "n"]
     position: Int32[np.ndarray, "n"]
+    key: UInt64[np.ndarray, "n"]
+    """A hash of the window's tokens: examples of the same words have the same key."""
     ends: Int64[np.ndarray, "n"]
     act_at: Int16[np.ndarray, "m"]
     act_value: Float32[np.ndarray, "m"]
@@ -44,7 +46,7 @@ class Entries:
     def take(self, rows: Int64[np.ndarray, "k"]) -> "Entries":
         lengths = self.lengths[rows]
         at = ragged(self.ends[rows] - lengths, lengths)
-        columns = (self.feature[rows], self.order[rows], self.value[rows], self.position[rows])
+        columns = (self.feature[rows], self.order[rows], self.value[rows], self.position[rows], self.key[rows])
         return Entries(*columns, np.cumsum(lengths), self.act_at[at], self.act_value[at])
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -54,7 +56,8 @@ class Entries:
     def empty() -> "Entries":
         i64 = np.zeros(0, np.int64)
         i32, f32 = i64.astype(np.int32), i64.astype(np.float32)
-        return Entries(i32, i64.astype(np.uint64), f32, i32, i64, i64.astype(np.int16), f32)
+        u64 = i64.astype(np.uint64)
+        return Entries(i32, u64, f32, i32, u64, i64, i64.astype(np.int16), f32)
 
     @staticmethod
     def concat(parts: Sequence["Entries"]) -> "Entries":
@@ -73,15 +76,17 @@ def ragged(starts: Int64[np.ndarray, "n"], lengths: Int64[np.ndarray, "n"]) -> I
 
 
 class Reservoir:
-    """The `size` entries of smallest order in each group. `group_of` gives the groups of entries when it is time to
-    choose.
+    """The `size` entries of smallest order in each group. `group_of` gives the groups when it is time to choose.
 
+    With `distinct`, entries of one group and one key count as one, the first of them in order.
     New entries wait in `pending` and are sorted in when they are many; `limits` (the order below which an entry may
     still enter its group) are as of then, so they may be too generous in between and never too strict.
     """
 
-    def __init__(self, n_groups: int, size: int, group_of: Callable[[Entries], Int64[np.ndarray, "n"]]) -> None:
-        self.size, self.group_of = size, group_of
+    def __init__(
+        self, n_groups: int, size: int, group_of: Callable[[Entries], Int64[np.ndarray, "n"]], *, distinct: bool = False
+    ) -> None:
+        self.size, self.group_of, self.distinct = size, group_of, distinct
         self.limits: UInt64[np.ndarray, group] = np.full(n_groups, OPEN if size else 0, np.uint64)
         self.kept = Entries.empty()
         self._pending: list[Entries] = []
@@ -102,6 +107,8 @@ class Reservoir:
         self._pending, self._waiting = [], 0
         group = self.group_of(pool)
         by = np.lexsort((pool.order, group))
+        if self.distinct:
+            by = by[_firsts(group[by], pool.key[by])]
         rank = rank_in_runs(group[by])
         self.kept = pool.take(by[rank < self.size])
         group = self.group_of(self.kept)
@@ -109,6 +116,15 @@ class Reservoir:
         self.limits[:] = OPEN if self.size else 0
         self.limits[group[full]] = self.kept.order[full]
         return self.kept
+
+
+def _firsts(group: Int64[np.ndarray, "n"], key: UInt64[np.ndarray, "n"]) -> Int64[np.ndarray, "k"]:
+    """Where each (group, key) pair stands for the first time, ascending."""
+    by = np.lexsort((key, group))
+    group, key = group[by], key[by]
+    new = np.ones(len(by), np.bool_)
+    new[1:] = (group[1:] != group[:-1]) | (key[1:] != key[:-1])
+    return np.sort(by[new])
 
 
 def runs(keys: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "run"]:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float32, Int, Int64, UInt64
 
 from microtome.common.config import require
 from microtome.common.errors import InputError
-from microtome.features.config import BINS, OCTAVES, IndexConfig, histogram_edges
+from microtome.features.config import BINS, BINS_PER_OCTAVE, OCTAVES, IndexConfig, histogram_edges
 from microtome.features.exact import ExactSum
 from microtome.features.reservoir import OPEN, Entries, Reservoir, ragged, runs
 
@@ -53,7 +53,8 @@ class FeatureSummary:
         require(context <= 32767, "The context is too long for an index", got=context, expected="at most 32,767 tokens")
         self.d_sae, self.context, self.config = d_sae, context, config
         self.bottom = (config.histogram_top or 0) - OCTAVES
-        self.edges = np.array(histogram_edges(self.bottom + OCTAVES)[1:-1], np.float32)
+        self.inner = np.array(histogram_edges(OCTAVES)[1:BINS_PER_OCTAVE], np.float32)
+        """The edges inside an octave, as multiples of its lower end."""
         self.n_tokens = 0
         self.covered: list[tuple[int, int]] = []
         self.count = np.zeros(d_sae, np.int64)
@@ -64,18 +65,20 @@ class FeatureSummary:
         self.histogram = np.zeros((d_sae, BINS), np.int64)
         self.octaves = np.zeros((d_sae, OCTAVES), np.int64)
         """Sequences by the octave of their peak."""
-        self.top = Reservoir(d_sae, config.top, lambda e: e.feature.astype(np.int64))
+        self.top = Reservoir(d_sae, config.top, lambda e: e.feature.astype(np.int64), distinct=True)
         self.sample = Reservoir(d_sae * config.bands, config.per_band, self._band_group)
         self._sample_limits = np.full((d_sae, OCTAVES), OPEN if config.per_band else 0, np.uint64)
 
     def update(
         self,
         first: int,
+        tokens: Int[np.ndarray, "sequences context"],
         counted: Bool[np.ndarray, "sequences context"],
         indices: Int[np.ndarray, "tokens k"],
         values: Float32[np.ndarray, "tokens k"],
     ) -> None:
-        """Add the sequences `first`, `first` + 1, …: the codes of their `counted` positions, row by row.
+        """Add the sequences `first`, `first` + 1, …: their tokens, and the codes of the `counted` positions, row by
+        row.
 
         A value of 0 (or below) is no firing. Raises InputError for values that are not finite or above 2**20, for
         latents that are not there, and for sequences that were seen before.
@@ -85,7 +88,7 @@ class FeatureSummary:
         firing = self._sorted_firings(first, counted, indices, values)
         if len(firing.value):
             self._count(firing)
-            self._offer(firing)
+            self._offer(firing, first, tokens)
 
     def _sorted_firings(
         self,
@@ -136,14 +139,24 @@ class FeatureSummary:
         pair_starts = runs(firing.latent)
         self.n_sequences[latents] += np.diff(pair_starts, append=len(firing.latent))
         self.maximum[latents] = np.maximum(self.maximum[latents], np.maximum.reduceat(firing.peak, pair_starts))
-        bins = np.searchsorted(self.edges, firing.value, side="right")
-        np.add.at(self.histogram.reshape(-1), firing.feature * BINS + bins, 1)
+        np.add.at(self.histogram.reshape(-1), firing.feature * BINS + self.bin(firing.value), 1)
         np.add.at(self.octaves.reshape(-1), firing.latent * OCTAVES + self.octave(firing.peak), 1)
 
     def octave(self, values: Float32[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
         """Which of the histogram's 16 octaves each value lies in; values beyond it count to the nearest."""
         exponent = (values.view(np.int32) >> 23).astype(np.int64) - 127
         return np.asarray(np.clip(exponent - self.bottom, 0, OCTAVES - 1))
+
+    def bin(self, values: Float32[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        """Which bin of the histogram each value lies in, exactly by the float32 edges."""
+        fraction = (values.view(np.int32) & 0x7FFFFF) | 0x3F800000  # the value, moved to its place in [1, 2)
+        bins = self.octave(values) * BINS_PER_OCTAVE
+        for edge in self.inner.view(np.int32):
+            bins += fraction >= edge
+        exponent = values.view(np.int32) >> 23
+        bins[exponent - 127 < self.bottom] = 0
+        bins[exponent - 127 >= self.bottom + OCTAVES] = BINS - 1
+        return bins
 
     def band(self, latent: Int64[np.ndarray, "*n"], octave: Int64[np.ndarray, "*n"]) -> Int64[np.ndarray, "*n"]:
         """The band of a peak in `octave`: that of the latent's maximum is the last, each octave below one less."""
@@ -154,15 +167,16 @@ class FeatureSummary:
         latent = entries.feature.astype(np.int64)
         return np.asarray(latent * self.config.bands + self.band(latent, self.octave(entries.value)))
 
-    def _offer(self, firing: _Peaks) -> None:
+    def _offer(self, firing: _Peaks, first: int, tokens: Int[np.ndarray, "sequences context"]) -> None:
+        keys = window_keys(tokens, min(self.config.window, self.context))
         sequence = firing.sequence.astype(np.uint64)
         bits = firing.peak.view(np.uint32).astype(np.uint64)
         order = ((_LOW - bits) << np.uint64(32)) | sequence
         enters = np.flatnonzero(order < self.top.limits[firing.latent])
-        self.top.offer(self._cut(firing, order, enters))
+        self.top.offer(self._cut(firing, order, enters, first, keys))
         order = (_hash(sequence, firing.latent.astype(np.uint64), self.config.seed) << np.uint64(32)) | sequence
         enters = np.flatnonzero(order < self._sample_limits[firing.latent, self.octave(firing.peak)])
-        if self.sample.offer(self._cut(firing, order, enters)):
+        if self.sample.offer(self._cut(firing, order, enters, first, keys)):
             self._refresh_sample_limits()
 
     def _refresh_sample_limits(self) -> None:
@@ -177,18 +191,27 @@ class FeatureSummary:
         last = max(self.context - self.config.window, 0)
         return np.asarray(np.clip(position - self.config.lead, 0, last))
 
-    def _cut(self, firing: _Peaks, order: UInt64[np.ndarray, "run"], chosen: Int64[np.ndarray, "m"]) -> Entries:
+    def _cut(
+        self,
+        firing: _Peaks,
+        order: UInt64[np.ndarray, "run"],
+        chosen: Int64[np.ndarray, "m"],
+        first: int,
+        keys: UInt64[np.ndarray, "sequences start"],
+    ) -> Entries:
         """The chosen runs as entries, with the firings that lie in their windows."""
+        begin = self.window_start(firing.peak_at[chosen])
         lengths = firing.lengths[chosen]
         at = ragged(firing.starts[chosen], lengths)
         owner = np.repeat(np.arange(len(chosen), dtype=np.int64), lengths)
-        offset = firing.position[at] - self.window_start(firing.peak_at[chosen])[owner]
+        offset = firing.position[at] - begin[owner]
         inside = (offset >= 0) & (offset < self.config.window)
         return Entries(
             feature=firing.latent[chosen].astype(np.int32),
             order=order[chosen],
             value=firing.peak[chosen],
             position=firing.peak_at[chosen].astype(np.int32),
+            key=keys[firing.sequence[chosen] - first, begin],
             ends=np.cumsum(np.bincount(owner[inside], minlength=len(chosen))).astype(np.int64),
             act_at=offset[inside].astype(np.int16),
             act_value=firing.value[at[inside]],
@@ -262,11 +285,30 @@ def merge(a: FeatureSummary, b: FeatureSummary) -> FeatureSummary:
     return both
 
 
+def window_keys(tokens: Int[np.ndarray, "sequences context"], window: int) -> UInt64[np.ndarray, "sequences start"]:
+    """A 64-bit hash of the tokens of every window, by its start: Σ mix(token) · b^place, the place counted in the
+    window.
+
+    All windows come from one running sum over the whole sequence, divided by b^start (b is odd, so modulo 2**64 it can
+    be).
+    """
+    base, inverse = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
+    context = tokens.shape[1]
+    powers = np.cumprod(np.array([1] + [base] * (context - 1), np.uint64), dtype=np.uint64)
+    back = np.cumprod(np.array([1] + [inverse] * (context - window), np.uint64), dtype=np.uint64)
+    sums = np.zeros((len(tokens), context + 1), np.uint64)
+    np.cumsum(_mix(tokens.astype(np.uint64) + np.uint64(1)) * powers, axis=1, dtype=np.uint64, out=sums[:, 1:])
+    return np.asarray((sums[:, window:] - sums[:, : context + 1 - window]) * back)
+
+
 def _hash(sequence: UInt64[np.ndarray, "n"], latent: UInt64[np.ndarray, "n"], seed: int) -> UInt64[np.ndarray, "n"]:
-    """32 bits that look random, a function of the three numbers alone (the finaliser of SplitMix64, twice)."""
-    x = latent * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF)
-    for word in (sequence, np.zeros(1, np.uint64)):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = (x ^ (x >> np.uint64(31))) + word
-    return x >> np.uint64(32)
+    """32 bits that look random, a function of the three numbers alone."""
+    x = _mix(latent * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF))
+    return _mix(x + sequence) >> np.uint64(32)
+
+
+def _mix(x: UInt64[np.ndarray, "*n"]) -> UInt64[np.ndarray, "*n"]:
+    """The finaliser of SplitMix64: a bijection of 64-bit numbers after which every bit depends on all."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float32, Int32, Int64, Integer
+from jaxtyping import Float32, Int32, Int64, Integer, UInt64
 
 from microtome.common.artifacts import atomic_file
 from microtome.features.reservoir import Entries, ragged, rank_in_runs
@@ -70,11 +70,10 @@ def write_tables(
 
 
 def choose_examples(summary: FeatureSummary) -> Examples:
-    """The top examples, and the samples of each band without the sequences that are already among the top."""
+    """The top examples, and the samples of each band without those whose window is already among the top."""
     summary.settle()
     top, sample = summary.top.kept, summary.sample.kept
-    stride = np.int64(2**32)
-    in_top = np.isin(sample.feature * stride + sample.sequence, top.feature * stride + top.sequence)
+    in_top = np.isin(_named(sample), _named(top))
     sample = sample.take(np.flatnonzero(~in_top))
     latent = sample.feature.astype(np.int64)
     band = summary.band(latent, summary.octave(sample.value))
@@ -84,6 +83,11 @@ def choose_examples(summary: FeatureSummary) -> Examples:
     ranks = np.concatenate([top_rank, sample_rank])
     by = np.lexsort((ranks, bands, both.feature))
     return Examples(both.take(by), bands[by], ranks[by])
+
+
+def _named(entries: Entries) -> UInt64[np.ndarray, "n"]:
+    """One number for a latent and a window."""
+    return np.asarray(entries.key ^ (entries.feature.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)))
 
 
 def top_tokens(summary: FeatureSummary, examples: Examples, tokens: Tokens) -> Int32[np.ndarray, " d_sae"]:

@@ -34,7 +34,7 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def size(n_bytes: int | float) -> str:
+def size(n_bytes: float) -> str:
     """A number of bytes for people: `98 MB`, `1.4 GB`."""
     for unit in ("bytes", "kB", "MB"):
         if n_bytes < 1000:

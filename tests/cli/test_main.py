@@ -101,7 +101,9 @@ def test_ctrl_c_is_said_and_is_130() -> None:
 def test_a_reader_that_leaves_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)
-    ended = subprocess.run([*MICROTOME, "doctor", "--offline"], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    ended = subprocess.run(
+        [*MICROTOME, "doctor", "--offline"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
     os.close(write)
     assert (ended.returncode, ended.stderr) == (0, "")
 

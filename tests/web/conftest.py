@@ -10,6 +10,7 @@ from microtome.features import FeatureIndex, open_index
 from microtome.web.server import create_app
 
 from ..features.tiny import make_tiny_index  # noqa: TID252 – tests share their tiny index
+from .live import make_hostile_index, make_live_index
 
 BASE = "http://127.0.0.1:8700"
 
@@ -29,3 +30,14 @@ def client(index: FeatureIndex) -> Iterator[TestClient]:
     """The workbench without a model, as a browser on this machine sees it."""
     with TestClient(create_app(index, loader=None), base_url=BASE) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def live_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index with its model and dictionary beside it."""
+    return make_live_index(tmp_path_factory.mktemp("live"))
+
+
+@pytest.fixture(scope="session")
+def hostile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_hostile_index(tmp_path_factory.mktemp("hostile") / "index")

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from microtome.common.errors import InputError, MicrotomeError, ModelError
@@ -117,13 +118,20 @@ class Encoder:
 
 
 def index_loader(index: FeatureIndex) -> Loader:
-    """Opens the model and the dictionary that the index names."""
+    """Opens the model and the dictionary that the index names.
+
+    A dictionary that is not where it was is looked for beside the index, since artifacts are moved together; whether it is
+    the right one is checked when it is used.
+    """
 
     def load() -> "tuple[HookedModel, Dictionary]":
         from microtome.dictionary import load_dictionary
         from microtome.model import load_model
 
-        return load_model(index.record.model), load_dictionary(index.record.dictionary)
+        where = Path(index.record.dictionary)
+        beside = index.path.parent / where.name
+        found = beside if not where.exists() and beside.is_dir() else index.record.dictionary
+        return load_model(index.record.model), load_dictionary(found)
 
     return load
 

@@ -133,4 +133,4 @@ def bind(host: str, port: int) -> socket.socket:
 def address_of(host: str, port: int, token: str | None) -> str:
     """The address to open in a browser."""
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 – a key
-    return f"http://{name}:{port}/" + (f"?token={quote(token)}" if token else "")
+    return f"http://{name}:{port}/" + (f"?token={quote(token, safe='')}" if token else "")

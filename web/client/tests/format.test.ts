@@ -1,5 +1,5 @@
 import { expect, test } from "vitest";
-import { brief, briefPercent, count, number, oneIn, percent, plural, short, signed } from "$lib/pure/format";
+import { brief, briefPercent, count, duration, number, oneIn, percent, plural, short, signed } from "$lib/pure/format";
 
 test("numbers keep three significant digits", () => {
   expect([0, 4.5, 0.0123, 789, 1234.6, 12.345].map((v) => number(v))).toEqual(["0", "4.50", "0.0123", "789", "1,235", "12.3"]);
@@ -19,5 +19,6 @@ test("shares are told in percent and as one in so many", () => {
 test("counts", () => {
   expect(count(1234567)).toBe("1,234,567");
   expect([short(950), short(1000), short(1_234_567), short(2.5e9)]).toEqual(["950", "1k", "1.23M", "2.5B"]);
+  expect([duration(0.1234), duration(7.26)]).toEqual(["123 ms", "7.3 s"]);
   expect([plural(1, "feature"), plural(2, "feature")]).toEqual(["1 feature", "2 features"]);
 });

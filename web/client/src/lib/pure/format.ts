@@ -53,6 +53,11 @@ export function oneIn(density: number): string {
   return every < 1.5 ? "every token" : `1 token in ${every < 10 ? trim(every.toPrecision(2)) : count(Math.round(every))}`;
 }
 
+/** 0.123 → "123 ms", 7.26 → "7.3 s". */
+export function duration(seconds: number): string {
+  return seconds < 1 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`;
+}
+
 /** "1 feature", "2 features". */
 export function plural(n: number, noun: string): string {
   return `${count(n)} ${noun}${n === 1 ? "" : "s"}`;

@@ -155,7 +155,7 @@ class _Pass:
         if not checkpoint.exists():
             return FeatureSummary(self.sae.d_sae, self.dataset.context, self.config)
         try:
-            with np.load(checkpoint, allow_pickle=False) as saved:
+            with checkpoint.open("rb") as file, np.load(file, allow_pickle=False) as saved:
                 return FeatureSummary.from_arrays(dict(saved), self.dataset.context, self.config)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ArtifactError(

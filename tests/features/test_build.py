@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from microtome.activations import HarvestConfig, harvest
+from microtome.common.artifacts import read_json, write_json
 from microtome.common.errors import ArtifactError, ConfigError, InputError, ModelError
 from microtome.dictionary import Dictionary, Origin, load_dictionary, save_dictionary
 from microtome.dictionary.topk import TopKConfig, TopKSAE
@@ -27,7 +28,7 @@ CONFIG = IndexConfig(top=5, bands=3, per_band=2, window=8, batch=4, checkpoint_e
 
 @pytest.fixture(scope="module")
 def model() -> HookedModel:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), bos_token=BOS)  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), bos_token=BOS)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -211,8 +212,19 @@ def test_from_a_store_the_model_is_not_run(
     for name in ("features.parquet", "histogram.parquet", "examples.parquet"):
         assert pq.read_table(tmp_path / "index" / name).equals(pq.read_table(built / name))
     assert index.record.activations["kind"] == "store"
+    renamed = HookedModel(model.hf, model.tokenizer, name="renamed", spec=LLAMA)
+    with pytest.raises(InputError, match="of another model"):
+        build_index(renamed, make_sae(tmp_path / "sae", name="renamed"), dataset, tmp_path / "other", store=store)
     with pytest.raises(InputError, match="another token dataset"):
         build_index(model, sae, dataset.slice(0, 4), tmp_path / "other", config=CONFIG, store=store)
+
+
+def test_the_page_on_neuronpedia_is_known(model: HookedModel, dataset: TokenDataset, tmp_path: Path) -> None:
+    sae = make_sae(tmp_path / "sae")
+    cfg = read_json(tmp_path / "sae" / "cfg.json")
+    write_json(tmp_path / "sae" / "cfg.json", cfg | {"metadata": cfg["metadata"] | {"neuronpedia_id": "tiny/1-res"}})
+    index = build_index(model, sae, dataset.slice(0, 4), tmp_path / "index", config=CONFIG)
+    assert index.summary.neuronpedia == "tiny/1-res"
 
 
 def test_dictionaries_that_do_not_fit(model: HookedModel, dataset: TokenDataset, tmp_path: Path) -> None:

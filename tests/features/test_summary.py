@@ -205,6 +205,8 @@ def test_saved_and_read_back(data: Data, whole: FeatureSummary) -> None:
     assert_same_bits(half, again)
     assert again.covered == [(0, 30)]
     assert_same_bits(whole, merge(again, data.summary([(30, N)])))
+    again.count += 1
+    assert again.count.tolist() != half.count.tolist()
 
 
 def test_the_same_sequences_do_not_count_twice(data: Data) -> None:
@@ -237,6 +239,7 @@ def test_latents_that_are_not_there_and_codes_that_do_not_fit() -> None:
     state = FeatureSummary(D_SAE, CONTEXT, CONFIG)
     with pytest.raises(InputError, match="latent that is not there"):
         state.update(0, NO_TOKENS, _one_position(), np.array([[D_SAE]], np.int32), np.ones((1, 1), np.float32))
+    assert (state.n_tokens, state.covered) == (0, [])
     with pytest.raises(InputError, match="do not fit"):
         FeatureSummary(D_SAE, CONTEXT, CONFIG).update(
             0, NO_TOKENS, _one_position(), np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32)

@@ -21,12 +21,13 @@ from jaxtyping import Float32, Int32
 from transformers import PreTrainedTokenizerFast
 
 from microtome.activations import ActivationStore, ModelSource, StoreSource
-from microtome.common.artifacts import Draft, atomic_file, draft, read_head, write_json
+from microtome.common.artifacts import Draft, atomic_file, draft, read_head, read_json, write_json
 from microtome.common.config import JsonObject, difference, from_dict, to_dict
 from microtome.common.errors import ArtifactError, InputError, ModelError
 from microtome.common.progress import progress
 from microtome.dictionary import Dictionary
 from microtome.dictionary.evaluate import check_fit
+from microtome.dictionary.formats import CFG
 from microtome.features.config import KIND, IndexConfig, IndexRecord, histogram_edges
 from microtome.features.index import FeatureIndex, open_index
 from microtome.features.summary import FeatureSummary
@@ -93,7 +94,7 @@ class _Pass:
     ) -> None:
         self.model, self.sae, self.dataset = model, sae, dataset
         if store is not None:
-            _check_store(store, dataset)
+            _check_store(store, model, dataset)
             self.source: StoreSource | ModelSource = StoreSource(store, sae.hook_name, sequences_per_block=config.batch)
         else:
             self.source = ModelSource(model, dataset, sae.hook_name, sequences_per_block=config.batch)
@@ -120,6 +121,7 @@ class _Pass:
             n_sequences=self.dataset.n_sequences,
             context=self.dataset.context,
             bos_id=self.dataset.bos_id,
+            neuronpedia=_neuronpedia(self.sae),
             activations=self.source.describe(),
             histogram_edges=histogram_edges(top),
             settings=self.config,
@@ -163,6 +165,14 @@ class _Pass:
             ) from error
 
 
+def _neuronpedia(sae: Dictionary) -> str | None:
+    """The dictionary's id on Neuronpedia, where its release says that it is there."""
+    if not (sae.path / CFG).exists():
+        return None
+    found = (read_json(sae.path / CFG).get("metadata") or {}).get("neuronpedia_id")
+    return None if found is None else str(found)
+
+
 def _save(summary: FeatureSummary, path: Path) -> None:
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **summary.arrays())  # type: ignore[arg-type]
@@ -181,7 +191,9 @@ def _open_same(out: Path, record: IndexRecord) -> FeatureIndex:
     return open_index(out)
 
 
-def _check_store(store: ActivationStore, dataset: TokenDataset) -> None:
+def _check_store(store: ActivationStore, model: HookedModel, dataset: TokenDataset) -> None:
+    if store.model_name != model.name:
+        raise InputError("The activation store is of another model", got=store.model_name, expected=model.name)
     about: JsonObject = store.config["dataset"]
     if about["fingerprint"] != dataset.fingerprint:
         raise InputError(

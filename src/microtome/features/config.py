@@ -33,7 +33,7 @@ class IndexConfig:
     seed: int = 0
     batch: int = 16
     """Sequences for one forward pass."""
-    checkpoint_every: int = 4096
+    checkpoint_every: int = 1024
     """Sequences between two checkpoints of the pass; a killed build goes on from the last one. 0: none."""
 
     def __post_init__(self) -> None:

@@ -77,15 +77,14 @@ class FeatureSummary:
         indices: Int[np.ndarray, "tokens k"],
         values: Float32[np.ndarray, "tokens k"],
     ) -> None:
-        """Add the sequences `first`, `first` + 1, …: their tokens, and the codes of the `counted` positions, row by
-        row.
+        """Add sequences `first`, `first` + 1, …: their tokens, and the codes of the `counted` positions, row by row.
 
-        A value of 0 (or below) is no firing. Raises InputError for values that are not finite or above 2**20, for
-        latents that are not there, and for sequences that were seen before.
+        A value of 0 (or below) is no firing. Raises InputError, and adds nothing, for values that are not finite or
+        above 2**20, for latents that are not there, and for sequences that were seen before.
         """
+        firing = self._sorted_firings(first, counted, indices, values)
         self._cover([(first, first + len(counted))])
         self.n_tokens += len(indices)
-        firing = self._sorted_firings(first, counted, indices, values)
         if len(firing.value):
             self._count(firing)
             self._offer(firing, first, tokens)
@@ -236,7 +235,9 @@ class FeatureSummary:
         self.covered = joined
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The whole state as named arrays, canonical; `from_arrays` is the inverse."""
+        """The whole state as named arrays, canonical; `from_arrays` is the inverse. They belong to the state: copy to
+        edit.
+        """
         self.settle()
         plain = ("count", "n_sequences", "maximum", "histogram", "octaves")
         state: dict[str, np.ndarray] = {name: getattr(self, name) for name in plain}
@@ -250,6 +251,7 @@ class FeatureSummary:
 
     @classmethod
     def from_arrays(cls, state: dict[str, np.ndarray], context: int, config: IndexConfig) -> "FeatureSummary":
+        state = {name: array.copy() for name, array in state.items()}
         new = cls(len(state["count"]), context, config)
         for name in ("count", "n_sequences", "maximum", "histogram", "octaves"):
             setattr(new, name, state[name])

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from microtome.cli.doors import door
 from microtome.cli.options import CommandOptions
-from microtome.common.errors import MissingDependencyError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,7 @@ class Options(CommandOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Serve until stopped."""
-    try:
-        from microtome.web.server import serve
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"The workbench needs the package {error.name}", fix="Install it with: pip install 'microtome[web]'"
-        ) from error
-
+    serve = door("workbench", extra="web")
     addresses: list[str] = []
 
     def ready(address: str) -> None:

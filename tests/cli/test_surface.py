@@ -18,6 +18,7 @@ SURFACE = {
         *("model", "dtype", "device", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed"),
         *("recipe", "out", "overwrite"),
     ],
+    "serve": ["index", "host", "port", "open", "no_model", "allow_host"],
 }
 ROOT = Path(__file__).parents[2]
 

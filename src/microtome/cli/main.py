@@ -33,6 +33,7 @@ COMMANDS = {
     "doctor": Command("microtome.cli.doctor", "look at this machine and say what to do about each problem"),
     "models": Command("microtome.cli.models", "list the models that can be opened here"),
     "generate": Command("microtome.cli.generate", "continue a prompt, or sample a corpus by a recipe", resumes=True),
+    "serve": Command("microtome.cli.serve", "look at a feature index in the browser"),
 }
 _KEPT = "What was finished is kept: run the same command again to go on."
 

@@ -20,7 +20,7 @@ from microtome.cli.options import CommandOptions, size
 _EXTRAS = {
     "web": ("fastapi", "uvicorn"),
     "notebook": ("ipykernel",),
-    "hub": ("datasets", "huggingface_hub"),
+    "hub": ("datasets",),
     "cluster": ("ray",),
     "dev": ("pytest", "mypy", "ruff", "playwright"),
 }
@@ -77,7 +77,18 @@ def python() -> Finding:
 
 def packages() -> Finding:
     """Whether every package of the core install is there."""
-    needed = ["transformers", "gguf", "safetensors", "numpy", "jaxtyping", "pyarrow", "duckdb", "tyro", "rich"]
+    needed = [
+        "transformers",
+        "huggingface_hub",
+        "gguf",
+        "safetensors",
+        "numpy",
+        "jaxtyping",
+        "pyarrow",
+        "duckdb",
+        "tyro",
+        "rich",
+    ]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         fix = "Run `pip install microtome` again"

@@ -68,7 +68,9 @@ def harvest(
     with progress(dataset.n_tokens, f"harvest {model.name}", "tokens") as bar:
         for number, start in enumerate(range(0, dataset.n_sequences, per_shard)):
             stop = min(start + per_shard, dataset.n_sequences)
-            shards.append(_shard(made, number, model, dataset.slice(start, stop), start, list(settings["hook_points"]), config))
+            shards.append(
+                _shard(made, number, model, dataset.slice(start, stop), start, list(settings["hook_points"]), config)
+            )
             bar.advance((stop - start) * dataset.context)
     write_json(made.folder / MANIFEST, {"shards": [asdict(shard) for shard in shards]})
     for number in range(len(shards)):
@@ -77,7 +79,9 @@ def harvest(
     return ActivationStore.open(out)
 
 
-def _settings(model: HookedModel, dataset: TokenDataset, names: str | Sequence[str], config: HarvestConfig) -> JsonObject:
+def _settings(
+    model: HookedModel, dataset: TokenDataset, names: str | Sequence[str], config: HarvestConfig
+) -> JsonObject:
     if dataset.vocabulary_size > model.config.d_vocab:
         raise InputError(
             f"The dataset {dataset.path} was made with another tokenizer than {model.name}'s",
@@ -115,7 +119,13 @@ def _receipt(folder: Path, number: int) -> Path:
 
 
 def _shard(
-    made: Draft, number: int, model: HookedModel, part: TokenDataset, start: int, names: list[str], config: HarvestConfig
+    made: Draft,
+    number: int,
+    model: HookedModel,
+    part: TokenDataset,
+    start: int,
+    names: list[str],
+    config: HarvestConfig,
 ) -> Shard:
     """The shard's row of the manifest; the shard is made unless an earlier run left it complete, with its receipt."""
     receipt = _receipt(made.folder, number)
@@ -125,7 +135,9 @@ def _shard(
     tensors = _activations(model, part, names, config)
     with atomic_file(file) as temporary:
         save_file(tensors, temporary)
-    shard = Shard(file=file.name, start=start, stop=start + part.n_sequences, bytes=file.stat().st_size, sha256=sha256(file))
+    shard = Shard(
+        file=file.name, start=start, stop=start + part.n_sequences, bytes=file.stat().st_size, sha256=sha256(file)
+    )
     write_json(receipt, asdict(shard))
     return shard
 

@@ -6,7 +6,7 @@ out), from the token ids alone; `read(block)` gives them.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from microtome.model import HookedModel
 from microtome.text import TokenDataset
 
 
+@runtime_checkable
 class ActivationSource(Protocol):
     """Blocks of activations at one hook point of one model."""
 
@@ -81,7 +82,9 @@ class StoreSource:
 class ModelSource:
     """Blocks of a `TokenDataset` run through the model when they are read: training with nothing on the disk."""
 
-    def __init__(self, model: HookedModel, dataset: TokenDataset, hook_name: str, *, sequences_per_block: int = 16) -> None:
+    def __init__(
+        self, model: HookedModel, dataset: TokenDataset, hook_name: str, *, sequences_per_block: int = 16
+    ) -> None:
         [name] = model.resolve(hook_name)
         self.model, self.dataset, self.hook_name, self.model_name = model, dataset, str(name), model.name
         self.sequences_per_block = sequences_per_block
@@ -103,7 +106,11 @@ class ModelSource:
         return {
             "kind": "model",
             "hook_name": self.hook_name,
-            "model": {"name": self.model.name, "revision": self.model.revision, "dtype": str(self.model.dtype).removeprefix("torch.")},
+            "model": {
+                "name": self.model.name,
+                "revision": self.model.revision,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+            },
             "dataset": {
                 "fingerprint": self.dataset.fingerprint,
                 "n_sequences": self.dataset.n_sequences,
@@ -114,4 +121,6 @@ class ModelSource:
 
     def _tokens(self, block: int) -> Int[Tensor, "sequence context"]:
         start = block * self.sequences_per_block
-        return torch.from_numpy(self.dataset.batch(start, min(start + self.sequences_per_block, self.dataset.n_sequences)))
+        return torch.from_numpy(
+            self.dataset.batch(start, min(start + self.sequences_per_block, self.dataset.n_sequences))
+        )

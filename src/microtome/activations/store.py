@@ -114,7 +114,11 @@ class ActivationStore:
 
     def _read(self, key: str, start: int, stop: int) -> Tensor:
         if not 0 <= start < stop <= self.n_sequences:
-            raise InputError("These sequences are not in the store", got=f"{start} to {stop}", expected=f"within 0 to {self.n_sequences}")
+            raise InputError(
+                "These sequences are not in the store",
+                got=f"{start} to {stop}",
+                expected=f"within 0 to {self.n_sequences}",
+            )
         pieces = []
         for shard in self.shards:
             low, high = max(start, shard.start), min(stop, shard.stop)

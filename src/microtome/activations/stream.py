@@ -89,7 +89,9 @@ class ActivationStream:
         """Row numbers in the order in which they enter the buffer, a block at a time, for ever."""
         epoch = 0
         while True:
-            order = np.random.default_rng(derive_seed(self.config.seed, "blocks", epoch)).permutation(self.source.n_blocks)
+            order = np.random.default_rng(derive_seed(self.config.seed, "blocks", epoch)).permutation(
+                self.source.n_blocks
+            )
             for block in order:
                 yield np.arange(self._first_row[block], self._first_row[block + 1])
             epoch += 1
@@ -104,7 +106,9 @@ class ActivationStream:
             n += len(rows[-1])
         entering = np.concatenate(rows)
         self._held[filled], self._left_over = entering[: len(filled)], entering[len(filled) :]
-        shuffled = np.random.default_rng(derive_seed(self.config.seed, "buffer", self._cycle)).permutation(self.buffer_size)
+        shuffled = np.random.default_rng(derive_seed(self.config.seed, "buffer", self._cycle)).permutation(
+            self.buffer_size
+        )
         self._cycle += 1
         self._free = shuffled[: self.buffer_size // 2]
         self._pending = list(self._free.reshape(-1, self.config.batch_size))

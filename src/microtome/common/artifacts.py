@@ -113,10 +113,14 @@ def read_head(path: str | Path, kind: str) -> JsonObject:
     path = Path(path)
     if not path.is_dir():
         partial = path.with_name(f"{path.name}.partial")
-        hint = f"{partial.name} was begun and not finished: run its command again to go on" if partial.exists() else None
+        hint = (
+            f"{partial.name} was begun and not finished: run its command again to go on" if partial.exists() else None
+        )
         raise ArtifactError(f"There is no {kind} at {path}", fix=hint)
     if not (path / CONFIG).exists():
-        raise ArtifactError(f"{path} is no Microtome artifact: it has no {CONFIG}", expected=f"a folder that holds a {kind}")
+        raise ArtifactError(
+            f"{path} is no Microtome artifact: it has no {CONFIG}", expected=f"a folder that holds a {kind}"
+        )
     head = read_json(path / CONFIG)
     if head.get("kind") != kind:
         raise ArtifactError(f"{path} holds something else", got=f"a {head.get('kind')}", expected=f"a {kind}")

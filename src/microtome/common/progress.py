@@ -32,7 +32,11 @@ class _Lines:
             self.next_line = now + _LOG_EVERY_S
             of = f"/{self.total:,}" if self.total else ""
             rate = self.done / max(now - self.began, 1e-9)
-            print(f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.0f}/s {note}".rstrip(), file=sys.stderr, flush=True)
+            print(
+                f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.0f}/s {note}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self) -> None:
         """Nothing to take down."""
@@ -65,7 +69,13 @@ class _RichBar:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+        )
         self.progress = RichProgress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
         self.progress.start()
         self.task = self.progress.add_task(label, total=total, note="")
@@ -96,5 +106,7 @@ class Timer:
         self._began = time.perf_counter()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.seconds = time.perf_counter() - self._began

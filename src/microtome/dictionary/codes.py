@@ -40,7 +40,9 @@ def top_k(pre: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
     return pre.topk(k, dim=1, sorted=False).indices
 
 
-def decode(indices: Int[Tensor, "n k"], values: Float[Tensor, "n k"], W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
+def decode(
+    indices: Int[Tensor, "n k"], values: Float[Tensor, "n k"], W_dec: Float[Tensor, "d_sae d"]
+) -> Float[Tensor, "n d"]:
     """Each row's weighted sum of its k decoder rows."""
     return functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
 

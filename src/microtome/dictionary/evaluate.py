@@ -108,7 +108,9 @@ def check_fit(model: HookedModel, sae: Dictionary) -> None:
     probe = model.activations(torch.zeros(1, 2, dtype=torch.long), sae.hook_name)
     width = probe[sae.hook_name][0, 0].numel()
     if width != sae.d_in:
-        raise ConfigError(f"The dictionary does not fit {sae.hook_name}", got=f"d_in {sae.d_in}", expected=f"{width}, the width there")
+        raise ConfigError(
+            f"The dictionary does not fit {sae.hook_name}", got=f"d_in {sae.d_in}", expected=f"{width}, the width there"
+        )
 
 
 @torch.no_grad()
@@ -122,7 +124,9 @@ def evaluate(
     config = config or EvaluateConfig()
     check_fit(model, sae)
     n_sequences = min(dataset.n_sequences, -(-config.n_tokens // dataset.context))
-    function_sequences = min(n_sequences, -(-config.function_tokens // dataset.context)) if config.function_tokens else 0
+    function_sequences = (
+        min(n_sequences, -(-config.function_tokens // dataset.context)) if config.function_tokens else 0
+    )
     total = (n_sequences + function_sequences) * dataset.context
     with progress(total, "evaluate", "tokens") as bar:
         reconstruction = _Reconstruction(sae)
@@ -135,7 +139,9 @@ def evaluate(
     return reconstruction.evaluation(function)
 
 
-def _batches(dataset: TokenDataset, n_sequences: int, batch_tokens: int, bar: Progress) -> Iterator[Int[Tensor, "batch pos"]]:
+def _batches(
+    dataset: TokenDataset, n_sequences: int, batch_tokens: int, bar: Progress
+) -> Iterator[Int[Tensor, "batch pos"]]:
     per_batch = max(1, batch_tokens // dataset.context)
     for start in range(0, n_sequences, per_batch):
         stop = min(start + per_batch, n_sequences)

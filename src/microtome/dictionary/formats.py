@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from microtome.common.artifacts import atomic_file, read_json, write_json
+from microtome.common.assets import shipped_or
 from microtome.common.device import parse_device, parse_dtype
 from microtome.common.errors import ArtifactError
 from microtome.dictionary.topk import TopKSAE
@@ -93,11 +94,11 @@ class Dictionary(TopKSAE):
 
 
 def load_dictionary(path: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> Dictionary:
-    """Open the dictionary in the folder `path`.
+    """Open the dictionary in the folder `path`; the name `"demo"` opens the one that ships with Microtome.
 
     Raises ArtifactError for a folder that holds none, is damaged, or holds an architecture that cannot be read here.
     """
-    folder = Path(path)
+    folder = shipped_or(path, "dictionary")
     if not (folder / CFG).is_file():
         raise ArtifactError(
             f"There is no dictionary at {folder}",
@@ -134,7 +135,9 @@ def _check_cfg(folder: Path, cfg: dict[str, Any]) -> None:
     for key, values in wanted.items():
         if cfg.get(key) not in values:
             raise ArtifactError(
-                f"The dictionary at {folder} is of a kind that cannot be read yet", got=f"{key} {cfg.get(key)!r}", expected=values[0]
+                f"The dictionary at {folder} is of a kind that cannot be read yet",
+                got=f"{key} {cfg.get(key)!r}",
+                expected=values[0],
             )
     for key in ("d_in", "d_sae", "k"):
         if not isinstance(cfg.get(key), int):

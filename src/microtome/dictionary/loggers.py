@@ -17,7 +17,9 @@ class Loggers:
         self._closers: list[Callable[[], object]] = []
         for name in names:
             if importlib.util.find_spec(_PACKAGES[name]) is None:
-                raise MissingDependencyError(f"Logging to {name} needs its package", fix=f"Run `pip install {_PACKAGES[name]}`")
+                raise MissingDependencyError(
+                    f"Logging to {name} needs its package", fix=f"Run `pip install {_PACKAGES[name]}`"
+                )
             {"tensorboard": self._tensorboard, "wandb": self._wandb}[name](folder)
 
     def write(self, row: Mapping[str, float]) -> None:

@@ -57,7 +57,11 @@ class TrainConfig:
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
-        require(self.n_tokens >= self.batch_size > 0, "n_tokens must hold a batch", got=f"{self.n_tokens}, batch {self.batch_size}")
+        require(
+            self.n_tokens >= self.batch_size > 0,
+            "n_tokens must hold a batch",
+            got=f"{self.n_tokens}, batch {self.batch_size}",
+        )
         require(self.lr is None or self.lr > 0, "lr must be positive", got=self.lr)
         require(0 <= self.decay_fraction <= 1, "decay_fraction must be in [0, 1]", got=self.decay_fraction)
         require(self.warmup_steps >= 0, "warmup_steps must not be negative", got=self.warmup_steps)
@@ -97,18 +101,28 @@ def train(
         source = StoreSource(source, hook_name)
     if isinstance(configs, TopKConfig):
         return [Trainer(configs, source, Path(out), config, overwrite=overwrite).run()]
-    return [Trainer(each, source, Path(out) / str(i), config, overwrite=overwrite).run() for i, each in enumerate(configs)]
+    return [
+        Trainer(each, source, Path(out) / str(i), config, overwrite=overwrite).run() for i, each in enumerate(configs)
+    ]
 
 
 class Trainer:
     """One training: its dictionary, optimiser and counters, and the draft folder in which its checkpoints are."""
 
     def __init__(
-        self, architecture: TopKConfig, source: ActivationSource, out: Path, config: TrainConfig, *, overwrite: bool = False
+        self,
+        architecture: TopKConfig,
+        source: ActivationSource,
+        out: Path,
+        config: TrainConfig,
+        *,
+        overwrite: bool = False,
     ) -> None:
         self.architecture, self.source, self.config, self.overwrite = architecture, source, config, overwrite
         self.device = parse_device(config.device)
-        self.select_dtype = fast_dtype(self.device) if config.select_dtype == "auto" else parse_dtype(config.select_dtype)
+        self.select_dtype = (
+            fast_dtype(self.device) if config.select_dtype == "auto" else parse_dtype(config.select_dtype)
+        )
         settings = {
             "architecture": {"name": architecture.architecture, **to_dict(architecture)},
             "train": to_dict(config),
@@ -117,7 +131,9 @@ class Trainer:
         self.draft: Draft = draft(out, KIND, settings, overwrite=overwrite, resume=True)
         self.step = 0
         self.scale, self.variance = 1.0, 1.0
-        self.silent = torch.zeros(architecture.d_sae, dtype=torch.int64, device=self.device)  # tokens since each latent fired
+        self.silent = torch.zeros(
+            architecture.d_sae, dtype=torch.int64, device=self.device
+        )  # tokens since each latent fired
 
     def run(self) -> Dictionary:
         """Train to the end and publish."""
@@ -191,7 +207,11 @@ class Trainer:
         self.sae.after_step()
         self.silent = torch.where(report.fired, 0, self.silent + len(x))
         self.step += 1
-        if self.step % self.config.log_every and self.step % self.config.checkpoint_every and self.step != self.config.n_steps:
+        if (
+            self.step % self.config.log_every
+            and self.step % self.config.checkpoint_every
+            and self.step != self.config.n_steps
+        ):
             return None
         loss = float(report.loss)
         if loss != loss or loss == float("inf"):

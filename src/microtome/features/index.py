@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import numpy as np
 
+from microtome.common.assets import shipped_or
 from microtome.common.artifacts import fingerprint, read_head, read_json
 from microtome.common.config import from_dict, to_dict
 from microtome.common.errors import ArtifactError, InputError, unknown_name
@@ -73,11 +74,11 @@ _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
 
 
 def open_index(path: str | Path) -> "FeatureIndex":
-    """The feature index in the folder `path`.
+    """The feature index in the folder `path`; the name `"demo"` opens the one that ships with Microtome.
 
     Raises ArtifactError when it is missing, unfinished, of another kind, or damaged.
     """
-    return FeatureIndex(Path(path))
+    return FeatureIndex(shipped_or(path, "index"))
 
 
 class FeatureIndex:

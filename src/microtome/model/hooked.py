@@ -67,9 +67,7 @@ class HookedModel:
 
     def __repr__(self) -> str:
         c = self.config
-        return (
-            f"HookedModel({self.name!r}, {c.family}, {c.n_layers} layers, d_model {c.d_model}, {self.dtype}, {self.device})"
-        )
+        return f"HookedModel({self.name!r}, {c.family}, {c.n_layers} layers, d_model {c.d_model}, {self.dtype}, {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +106,11 @@ class HookedModel:
         for name in self._sites:
             if str(name) == text:
                 return [name]
-        if text.startswith("blocks.") and text.split(".")[1].isdigit() and int(text.split(".")[1]) >= self.config.n_layers:
+        if (
+            text.startswith("blocks.")
+            and text.split(".")[1].isdigit()
+            and int(text.split(".")[1]) >= self.config.n_layers
+        ):
             raise ModelError(
                 f"There is no hook point {text!r}",
                 got=f"layer {text.split('.')[1]}",
@@ -141,7 +143,9 @@ class HookedModel:
 
     def to_str_tokens(self, text: str, *, prepend_bos: bool = True) -> list[str]:
         """The text cut into its tokens, as strings."""
-        return [str(self._need_tokenizer().decode([t])) for t in self.to_tokens(text, prepend_bos=prepend_bos)[0].tolist()]
+        return [
+            str(self._need_tokenizer().decode([t])) for t in self.to_tokens(text, prepend_bos=prepend_bos)[0].tolist()
+        ]
 
     def _need_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -156,7 +160,9 @@ class HookedModel:
             raise InputError("Tokens must be integers [batch, pos]", got=f"{tokens.dtype} {list(tokens.shape)}")
         if tokens.shape[1] > self.config.n_ctx:
             raise InputError(
-                "The context is longer than the model's", got=f"{tokens.shape[1]} tokens", expected=f"at most {self.config.n_ctx}"
+                "The context is longer than the model's",
+                got=f"{tokens.shape[1]} tokens",
+                expected=f"at most {self.config.n_ctx}",
             )
         low, high = tokens.aminmax()
         if low < 0 or high >= self.config.d_vocab:
@@ -239,7 +245,9 @@ class HookedModel:
     ) -> tuple[dict[HookName, Tensor], list[Tap]]:
         wanted = self.resolve(names)
         if not wanted:
-            raise ModelError("No hook point was asked for", expected="at least one name", fix="model.hook_points lists them")
+            raise ModelError(
+                "No hook point was asked for", expected="at least one name", fix="model.hook_points lists them"
+            )
         kept: dict[HookName, Tensor] = {}
 
         def tap(name: HookName) -> Callable[[Tensor], None]:

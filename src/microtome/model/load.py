@@ -86,7 +86,12 @@ def _folder(folder: Path) -> Path:
 def _tokenizer(source: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the weights, or None for a folder that has none."""
     folder = Path(str(source["pretrained_model_name_or_path"]))
-    if folder.is_dir() and "gguf_file" not in source and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+    if (
+        folder.is_dir()
+        and "gguf_file" not in source
+        and not any(folder.glob("*token*"))
+        and not any(folder.glob("vocab*"))
+    ):
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**source)
     return tokenizer

@@ -1,8 +1,9 @@
 """Sampling a corpus from a model: a recipe of prompts in, JSON lines of documents out.
 
 A batch of prompts of unequal length needs no padding here: all rows start at position 0 and each is *forced* along its prompt, then
-sampled. The keys and values live in a static cache, so a step costs one token of forward pass for the whole batch. Batch `b` depends on
-the recipe and the seed alone, so a stopped run goes on with the next batch and ends with the same corpus.
+sampled. Prompts of like length share a batch. The keys and values live in a static cache, and a step reads them once per key/value head
+(`decoding.py`). Batch `b` depends on the recipe and the seed alone, so a stopped run goes on with the next batch and ends with the same
+corpus.
 """
 
 import json
@@ -17,11 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import StaticCache
 
-from microtome.common.artifacts import atomic_file, draft, write_json
+from microtome.common.artifacts import atomic_file, draft, read_json, write_json
 from microtome.common.config import require, to_dict
 from microtome.common.device import derive_seed, generator
 from microtome.common.errors import ModelError
 from microtome.common.progress import progress
+from microtome.model.decoding import grouped_decoding
 from microtome.model.hooked import HookedModel
 
 CORPUS_FILE = "corpus.jsonl.zst"
@@ -64,6 +66,7 @@ class CorpusRecipe:
 
 @dataclass(frozen=True)
 class _Prompt:
+    number: int
     kind: str
     ids: list[int]
     kept_from: int  # the document begins here: at 0 for an opening, behind the request for a chat
@@ -76,21 +79,22 @@ def sample_corpus(model: HookedModel, recipe: CorpusRecipe, out: str | Path, *, 
     """
     config = {"model": model.name, "dtype": str(model.dtype), "recipe": to_dict(recipe)}
     made = draft(out, "corpus", config, overwrite=overwrite, resume=True)
-    prompts = _prompts(model, recipe)
+    prompts = sorted(_prompts(model, recipe), key=lambda prompt: (len(prompt.ids), prompt.number))
     batches = [prompts[i : i + recipe.batch] for i in range(0, len(prompts), recipe.batch)]
     parts = [made.folder / f"part-{i:05d}.json" for i in range(len(batches))]
     with progress(len(prompts), "sample a corpus", "documents") as bar:
         for i, (batch, part) in enumerate(zip(batches, parts, strict=True)):
             if not part.exists():
-                rows = _sample_batch(model, recipe, batch, first=i * recipe.batch, seed=derive_seed(recipe.seed, "batch", i))
+                rows = _sample_batch(model, recipe, batch, seed=derive_seed(recipe.seed, "batch", i))
                 write_json(part, {"rows": rows})
             bar.advance(len(batch))
-    n_tokens = 0
+    rows = [row for part in parts for row in read_json(part)["rows"]]
+    rows.sort(key=lambda row: row["number"])
+    n_tokens = sum(row["n_tokens"] for row in rows)
     with atomic_file(made.folder / CORPUS_FILE) as file, pa.CompressedOutputStream(str(file), "zstd") as stream:
-        for part in parts:
-            for row in json.loads(part.read_text(encoding="utf-8"))["rows"]:
-                n_tokens += row.pop("n_tokens")
-                stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        for row in rows:
+            line = {"text": row["text"], "source": f"{row['kind']}#{row['number']}"}
+            stream.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
     for part in parts:
         part.unlink()
     return made.publish(overwrite=overwrite, seed=recipe.seed, n_documents=len(prompts), n_tokens=n_tokens)
@@ -110,15 +114,17 @@ def _prompts(model: HookedModel, recipe: CorpusRecipe) -> list[_Prompt]:
                 text = text.replace("{" + gap + "}", draw.choice(words))
         if chat:
             ids = _chat_ids(model, text)
-            prompts.append(_Prompt(kind.name, ids, len(ids)))
+            prompts.append(_Prompt(i, kind.name, ids, len(ids)))
         else:
-            prompts.append(_Prompt(kind.name, model.to_tokens(text)[0].tolist(), 0))
+            prompts.append(_Prompt(i, kind.name, model.to_tokens(text)[0].tolist(), 0))
     return prompts
 
 
 def _chat_ids(model: HookedModel, request: str) -> list[int]:
     if model.tokenizer is None or not model.tokenizer.chat_template:
-        raise ModelError(f"{model.name} has no chat template", fix="Use a recipe with chat_share 0: plain openings only")
+        raise ModelError(
+            f"{model.name} has no chat template", fix="Use a recipe with chat_share 0: plain openings only"
+        )
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": request}]
     text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids: list[int] = model.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -126,7 +132,7 @@ def _chat_ids(model: HookedModel, request: str) -> list[int]:
 
 
 def _sample_batch(
-    model: HookedModel, recipe: CorpusRecipe, batch: Sequence[_Prompt], *, first: int, seed: int
+    model: HookedModel, recipe: CorpusRecipe, batch: Sequence[_Prompt], *, seed: int
 ) -> list[Mapping[str, str | int]]:
     drawn = sample_continuations(
         model,
@@ -139,10 +145,10 @@ def _sample_batch(
     )
     assert model.tokenizer is not None
     rows: list[Mapping[str, str | int]] = []
-    for i, (prompt, ids) in enumerate(zip(batch, drawn, strict=True)):
+    for prompt, ids in zip(batch, drawn, strict=True):
         kept = ids[prompt.kept_from :]
         text = str(model.tokenizer.decode(kept, skip_special_tokens=True))
-        rows.append({"text": text, "source": f"{prompt.kind}#{first + i}", "n_tokens": len(kept)})
+        rows.append({"number": prompt.number, "kind": prompt.kind, "text": text, "n_tokens": len(kept)})
     return rows
 
 
@@ -172,17 +178,21 @@ def sample_continuations(
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     shortest = int(lengths.min())
     step = rows[:, :shortest]
-    for position in range(shortest, total):
-        logits = model.hf(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        choice = _draw(logits / temperature, top_k, top_p, draws)
-        forced = position < lengths
-        over = position >= lengths + max_new_tokens
-        ended |= (torch.isin(choice, ends) & ~forced) | over
-        rows[:, position] = torch.where(forced, rows[:, position], torch.where(ended, ends[0], choice))
-        if bool(ended.all()):
-            break
-        step = rows[:, position : position + 1]
-    return [_cut(row.tolist(), len(prompt), max_new_tokens, set(ends.tolist())) for row, prompt in zip(rows, prompts, strict=True)]
+    with grouped_decoding(model.hf):
+        for position in range(shortest, total):
+            logits = model.hf(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            choice = _draw(logits / temperature, top_k, top_p, draws)
+            forced = position < lengths
+            over = position >= lengths + max_new_tokens
+            ended |= (torch.isin(choice, ends) & ~forced) | over
+            rows[:, position] = torch.where(forced, rows[:, position], torch.where(ended, ends[0], choice))
+            if bool(ended.all()):
+                break
+            step = rows[:, position : position + 1]
+    return [
+        _cut(row.tolist(), len(prompt), max_new_tokens, set(ends.tolist()))
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
 
 
 def _draw(

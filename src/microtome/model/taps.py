@@ -89,5 +89,3 @@ def run_until(call: Callable[[], Any]) -> Any:
         return call()
     except StopForward:
         return None
-
-

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
-from playwright.sync_api import Browser, Page, Request, Response, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, sync_playwright
 
 from microtome.features import open_index
 from microtome.web.client import STATIC
@@ -70,7 +70,7 @@ class Record:
 
     def watch(self, page: Page) -> None:
         """Listen to the page's console, errors, requests and answers."""
-        page.on("console", lambda message: message.type in ("error", "warning") and self._said(message.text))
+        page.on("console", self._said)
         page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
         page.on("request", self._asked)
         page.on("response", self._answered)
@@ -79,9 +79,10 @@ class Record:
         """Fail on any error, warning, failed answer, or request to another host."""
         assert self.complaints == []
 
-    def _said(self, text: str) -> None:
-        if not any(f"status of {status}" in text for status in self.expected):
-            self.complaints.append(f"console: {text}")
+    def _said(self, message: ConsoleMessage) -> None:
+        provoked = any(f"status of {status}" in message.text for status in self.expected)
+        if message.type in ("error", "warning") and not provoked:
+            self.complaints.append(f"console: {message.text}")
 
     def _asked(self, request: Request) -> None:
         self.requests.append(request.url)

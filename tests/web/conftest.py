@@ -10,7 +10,6 @@ from microtome.features import FeatureIndex, open_index
 from microtome.web.server import create_app
 
 from ..features.tiny import make_tiny_index  # noqa: TID252 – tests share their tiny index
-from .live import make_hostile_index, make_live_index
 
 BASE = "http://127.0.0.1:8700"
 
@@ -35,9 +34,14 @@ def client(index: FeatureIndex) -> Iterator[TestClient]:
 @pytest.fixture(scope="session")
 def live_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index with its model and dictionary beside it."""
+    from .live import make_live_index  # needs torch, which most of these tests do not
+
     return make_live_index(tmp_path_factory.mktemp("live"))
 
 
 @pytest.fixture(scope="session")
 def hostile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny index with a token and a document whose names are markup."""
+    from .live import make_hostile_index
+
     return make_hostile_index(tmp_path_factory.mktemp("hostile") / "index")

@@ -24,7 +24,7 @@ HOSTILE_DOCUMENT = "<script>document.title='pwned'</script>.txt"
 
 def make_live_index(folder: Path) -> Path:
     """Write `model`, `sae`, `tokens` and `index` into `folder`; return the index. Takes a few seconds."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), bos_token=BOS)  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), bos_token=BOS)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -38,7 +38,7 @@ def make_live_index(folder: Path) -> Path:
         initializer_range=0.2,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")  # type: ignore[no-untyped-call]
+    tokenizer.save_pretrained(folder / "model")
     model = load_model(folder / "model")
 
     (folder / "sae").mkdir()
@@ -60,9 +60,10 @@ def make_hostile_index(folder: Path) -> Path:
     make_tiny_index(folder)
     file = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
-    court = tokenizer.token_to_id("Ġcourt")
     tokenizer.add_tokens([HOSTILE])
-    hostile = tokenizer.token_to_id(HOSTILE)
+    court, hostile = (int(tokenizer.token_to_id(text) or 0) for text in ("Ġcourt", HOSTILE))
+    assert court
+    assert hostile
     tokenizer.save(str(file))
     _rewrite(folder / "features.parquet", ["top_token", "top_logit_ids", "bottom_logit_ids"], {court: hostile})
     _rewrite(folder / "examples.parquet", ["token", "tokens"], {court: hostile})

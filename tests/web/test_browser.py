@@ -273,6 +273,16 @@ def test_a_text_is_tried(page: Page, live: str) -> None:
     expect(page.get_by_label("Text to try")).to_have_value("The court held 🙂\n<b>sugar</b>")
 
 
+def test_features_of_a_text_by_share_of_their_maximum(page: Page, live: str) -> None:
+    page.goto(f"{live}/text?q=The+court+held+that")
+    page.get_by_role("button", name="by share of max").click()
+    expect(page).to_have_url(re.compile(r"order=share$"))
+    expect(page.locator("li .value").first).to_contain_text("%")
+    shares = [int(v.strip().removesuffix("%")) for v in page.locator("li .value").all_text_contents()]
+    assert shares == sorted(shares, reverse=True)
+    assert len(shares) > 5
+
+
 def test_a_text_with_too_many_tokens_is_explained(page: Page, live: str, record: Record) -> None:
     record.expected = {400}
     page.goto(f"{live}/text")
@@ -372,7 +382,7 @@ def test_every_control_has_a_name(page: Page, live: str) -> None:
         page.goto(live + place)
         page.wait_for_load_state("networkidle")
         for role in ("button", "link", "searchbox", "spinbutton", "combobox", "tab", "listbox"):
-            for control in page.get_by_role(role).all():  # type: ignore[arg-type]
+            for control in page.get_by_role(role).all():
                 name = control.evaluate(
                     "e => e.getAttribute('aria-label') || e.textContent.trim() || (e.labels && e.labels[0]?.textContent)"
                 )

@@ -58,6 +58,9 @@ test("firings are seen from a token and from a feature", () => {
   expect(linesOf(encoded, null).map((line) => [line.feature.feature, line.value])).toEqual([[7, 3], [2, 2]]);
   expect(linesOf(encoded, 1).map((line) => [line.feature.feature, line.value])).toEqual([[7, 3], [2, 1]]);
   expect(linesOf(encoded, 9)).toEqual([]);
+  const loud = { ...encoded, features: [{ ...about(7, 3), max: 100 }, about(2, 2)] };
+  expect(linesOf(loud, null, "share").map((line) => line.feature.feature)).toEqual([2, 7]);
+  expect(linesOf(loud, 1, "share").map((line) => line.feature.feature)).toEqual([2, 7]);
   expect(valuesOf(encoded, null)).toEqual([0, 3, 2]);
   expect(valuesOf(encoded, 2)).toEqual([0, 1, 2]);
 });

@@ -16,8 +16,8 @@ const ROUTES: Route[] = [
   { page: "features", state: { ...LIST_DEFAULTS, alive: false } },
   { page: "feature", state: { id: 12, band: "top", scale: "shared", breaks: false, page: 0 } },
   { page: "feature", state: { id: 0, band: 0, scale: "example", breaks: true, page: 3 } },
-  { page: "text", state: { text: "", token: null, feature: null } },
-  { page: "text", state: { text: "Zürich\n& 東京 🙂 +1", token: 0, feature: 99 } },
+  { page: "text", state: { text: "", token: null, feature: null, order: "value" } },
+  { page: "text", state: { text: "Zürich\n& 東京 🙂 +1", token: 0, feature: 99, order: "share" } },
 ];
 
 test.each(ROUTES)("an address says everything: $page %#", (route) => {

@@ -26,6 +26,7 @@ export interface TextState {
   text: string;
   token: number | null;
   feature: number | null;
+  order: "value" | "share";
 }
 
 export type Route =
@@ -135,7 +136,12 @@ function featureQuery(state: FeatureState): [string, string][] {
 }
 
 function parseText(q: URLSearchParams): TextState {
-  return { text: (q.get("q") ?? "").slice(0, MAX_TEXT), token: integer(q.get("token")), feature: integer(q.get("feature")) };
+  return {
+    text: (q.get("q") ?? "").slice(0, MAX_TEXT),
+    token: integer(q.get("token")),
+    feature: integer(q.get("feature")),
+    order: q.get("order") === "share" ? "share" : "value",
+  };
 }
 
 function textQuery(state: TextState): [string, string][] {
@@ -143,6 +149,7 @@ function textQuery(state: TextState): [string, string][] {
   if (state.text) out.push(["q", state.text.slice(0, MAX_TEXT)]);
   if (state.token !== null) out.push(["token", String(state.token)]);
   if (state.feature !== null) out.push(["feature", String(state.feature)]);
+  if (state.order !== "value") out.push(["order", state.order]);
   return out;
 }
 

@@ -40,9 +40,10 @@ test("bands say how many of how many are shown", () => {
 });
 
 test("known metrics come first and explained, unknown ones are kept", () => {
-  const shown = explain({ zeal: 2, fvu: 0.12, L0: 31.9 });
-  expect(shown.map((metric) => metric.name)).toEqual(["L0", "FVU", "zeal"]);
-  expect(shown[1]!.meaning).not.toBe("");
+  const shown = explain({ zeal_of_all: 2, cosine: 0.9, fvu: 0.12, L0: 31.9 });
+  expect(shown.map((metric) => metric.name)).toEqual(["L0", "FVU", "Cosine", "zeal of all"]);
+  expect(shown.map((metric) => metric.headline)).toEqual([true, true, false, false]);
+  expect(shown[1]).toMatchObject({ value: "0.120", meaning: expect.stringContaining("variance") });
   expect(explain({})).toEqual([]);
 });
 

@@ -6,55 +6,81 @@ export interface Metric {
   name: string;
   value: string;
   meaning: string;
+  headline: boolean; // shown large; the others stand in a table
 }
 
 interface Known {
-  keys: string[];
+  key: string;
   name: string;
   meaning: string;
   show: (value: number) => string;
+  headline?: boolean;
 }
 
 const plain = (value: number) => number(value);
 
 const KNOWN: Known[] = [
-  { keys: ["l0"], name: "L0", meaning: "features that fire on a token, on average", show: plain },
-  { keys: ["fvu"], name: "FVU", meaning: "share of the activations’ variance that is not rebuilt; 0 is perfect", show: plain },
+  { key: "l0", name: "L0", meaning: "features that fire on a token, on average", show: plain, headline: true },
   {
-    keys: ["fvu_without_outliers", "fvu_without_outlier_dimensions", "fvu_no_outliers", "fvu_trimmed"],
+    key: "fvu",
+    name: "FVU",
+    meaning: "share of the activations’ variance that is not rebuilt; 0 is perfect",
+    show: plain,
+    headline: true,
+  },
+  {
+    key: "fvu_without_outliers",
     name: "FVU, outliers out",
     meaning: "the same without the few dimensions that carry most of the variance",
     show: plain,
+    headline: true,
   },
   {
-    keys: ["ce_recovered", "ce_loss_recovered", "loss_recovered"],
+    key: "ce_recovered",
     name: "CE recovered",
-    meaning: "share of the loss kept with the rebuilt activations put in, against zeros",
+    meaning: "of the loss that zeros would cost, the share that the rebuilt activations save",
+    show: percent,
+    headline: true,
+  },
+  {
+    key: "kl_recovered",
+    name: "KL recovered",
+    meaning: "the same for how far the predictions move",
     show: percent,
   },
-  { keys: ["kl_recovered"], name: "KL recovered", meaning: "the same for the distance between predictions", show: percent },
-  { keys: ["ce_clean"], name: "CE, model", meaning: "loss of the untouched model, nats per token", show: plain },
-  { keys: ["ce_spliced", "ce_sae", "ce_reconstructed"], name: "CE, rebuilt", meaning: "loss with the rebuilt activations put in", show: plain },
-  { keys: ["ce_zero", "ce_ablated"], name: "CE, zeros", meaning: "loss with zeros put in", show: plain },
-  { keys: ["kl", "kl_spliced"], name: "KL, rebuilt", meaning: "how far predictions move with the rebuilt activations", show: plain },
-  { keys: ["kl_zero", "kl_ablated"], name: "KL, zeros", meaning: "how far predictions move with zeros", show: plain },
-  { keys: ["cosine", "cosine_similarity"], name: "Cosine", meaning: "between activations and what is rebuilt", show: plain },
-  { keys: ["dead", "dead_fraction", "frac_dead"], name: "Dead", meaning: "share of features that never fired in the evaluation", show: percent },
-  { keys: ["n_dead"], name: "Dead features", meaning: "that never fired in the evaluation", show: count },
-  { keys: ["n_tokens", "tokens"], name: "Tokens", meaning: "that the evaluation read", show: count },
+  {
+    key: "dead_fraction",
+    name: "Dead",
+    meaning: "share of features that never fired in the evaluation",
+    show: percent,
+    headline: true,
+  },
+  { key: "n_dead", name: "Dead features", meaning: "that never fired in the evaluation", show: count },
+  { key: "cosine", name: "Cosine", meaning: "between activations and what is rebuilt", show: plain },
+  { key: "norm_ratio", name: "Norm ratio", meaning: "length of what is rebuilt over the activations’", show: plain },
+  { key: "fvu_all_positions", name: "FVU, all positions", meaning: "special tokens counted too; their outsized norm flatters it", show: plain },
+  { key: "outlier_variance", name: "Outlier variance", meaning: "share of the variance that the outlier dimensions carry", show: percent },
+  { key: "ce_clean", name: "CE, model", meaning: "loss of the untouched model, nats per token", show: plain },
+  { key: "ce_spliced", name: "CE, rebuilt", meaning: "loss with the rebuilt activations put in", show: plain },
+  { key: "ce_zero", name: "CE, zeros", meaning: "loss with zeros put in", show: plain },
+  { key: "kl_spliced", name: "KL, rebuilt", meaning: "how far predictions move with the rebuilt activations, nats", show: plain },
+  { key: "kl_zero", name: "KL, zeros", meaning: "how far they move with zeros", show: plain },
+  { key: "n_tokens", name: "Tokens", meaning: "that the evaluation read", show: count },
+  { key: "n_function_tokens", name: "Tokens for CE and KL", meaning: "of them with the model run to its end", show: count },
 ];
 
 /** The metrics to show, the well-known ones first and explained. */
 export function explain(metrics: Record<string, number>): Metric[] {
-  const left = new Map(Object.entries(metrics));
+  const left = new Map(Object.entries(metrics).map(([key, value]) => [key.toLowerCase(), { key, value }]));
   const out: Metric[] = [];
-  for (const { keys, name, meaning, show } of KNOWN) {
-    const key = keys.find((k) => left.has(k) || left.has(k.toUpperCase()));
-    if (key === undefined) continue;
-    const found = left.has(key) ? key : key.toUpperCase();
-    out.push({ name, meaning, value: show(left.get(found)!) });
-    left.delete(found);
+  for (const { key, name, meaning, show, headline = false } of KNOWN) {
+    const found = left.get(key);
+    if (found === undefined) continue;
+    out.push({ name, meaning, value: show(found.value), headline });
+    left.delete(key);
   }
-  for (const [key, value] of left) out.push({ name: key.replaceAll("_", " "), meaning: "", value: number(value) });
+  for (const { key, value } of left.values()) {
+    out.push({ name: key.replaceAll("_", " "), meaning: "", value: number(value), headline: false });
+  }
   return out;
 }

@@ -8,9 +8,9 @@ export function visible(token: string): string {
   return token.replaceAll("\r\n", "↵").replaceAll("\n", "↵").replaceAll("\r", "␍").replaceAll("\t", "→");
 }
 
-/** Whether a line ends inside this token. */
-export function breaksLine(token: string): boolean {
-  return token.includes("\n") || token.includes("↵");
+/** The same with the lines broken behind each mark, so that what follows it in the token (an indent) begins the next line. */
+export function broken(token: string): string {
+  return visible(token).replaceAll("↵", "↵\n");
 }
 
 /** A token for a list: its text, and its outer spaces as open boxes to draw more faintly. */

@@ -35,7 +35,7 @@ def running(index_path: Path, host: str = "127.0.0.1", port: int = 0) -> Iterato
         assert process.stderr is not None
         line = process.stderr.readline()
         try:
-            yield process, line.split()[-1] if line.startswith("The workbench is at") else line
+            yield process, process.stderr.readline().strip() if line.startswith("The workbench is ready") else line
         finally:
             if process.poll() is None:
                 process.kill()

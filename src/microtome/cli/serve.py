@@ -37,7 +37,7 @@ def run(options: Options) -> dict[str, Any]:
 
     def ready(address: str) -> None:
         addresses.append(address)
-        print(f"The workbench is at  {address}\nCtrl-C stops it.", file=sys.stderr, flush=True)
+        print(f"The workbench is ready; Ctrl-C stops it. Open\n{address}", file=sys.stderr, flush=True)
         if options.open:
             webbrowser.open(address)
 

@@ -41,9 +41,8 @@ def test_grouped_decoding_gives_the_full_passes_logits(tiny_llama: HookedModel) 
     full = tiny_llama(tokens)
     cache = StaticCache(config=tiny_llama.hf.config, max_cache_len=20)
     with torch.no_grad(), grouped_decoding(tiny_llama.hf):
-        pieces = [tiny_llama.hf(tokens[:, :4], past_key_values=cache, use_cache=True).logits]
-        for i in range(4, 12):
-            pieces.append(tiny_llama.hf(tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+        steps = [tokens[:, :4], *tokens[:, 4:].split(1, dim=1)]
+        pieces = [tiny_llama.hf(step, past_key_values=cache, use_cache=True).logits for step in steps]
     torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=1e-4, atol=1e-4)
     assert torch.equal(tiny_llama(tokens), full), "the model's own attention is back"
 

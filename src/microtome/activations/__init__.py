@@ -1,4 +1,5 @@
-"""Floor 3: activations. `harvest` writes a store; `ActivationStream` gives shuffled batches from a store or straight from the model."""
+"""Floor 3: activations. `harvest` writes a store; `ActivationStream` gives shuffled batches from a store or straight
+from the model."""
 
 from microtome.activations.harvest import HarvestConfig, harvest
 from microtome.activations.source import ModelSource, StoreSource

@@ -2,8 +2,8 @@
 
 1. The dataset is cut into shards of whole sequences, and each shard into batches that start with it.
 2. One forward pass per batch serves all hook points and stops at the deepest.
-3. A shard appears by a rename when it is complete. A harvest that was killed goes on with the first shard that is missing; as batches
-   never cross shards, it ends with the same bytes as one that was not.
+3. A shard appears by a rename when it is complete. A harvest that was killed goes on with the first shard that is
+   missing; as batches never cross shards, it ends with the same bytes as one that was not.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,8 @@ from microtome.text import TokenDataset
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestConfig:
-    """How to harvest: the dtype on disk, tokens per forward pass and tokens per shard (both rounded to whole sequences)."""
+    """How to harvest: the dtype on disk, tokens per forward pass and tokens per shard (both rounded to whole
+    sequences)."""
 
     dtype: DTypeName = "bf16"
     batch_tokens: int = 4096
@@ -53,9 +54,9 @@ def harvest(
 ) -> ActivationStore:
     """Write the activations of `dataset` at the hook points `names` (exact or globs) as a store at `out`, and open it.
 
-    Goes on with a harvest that was stopped, and simply opens one that is complete and was made with the same settings. Raises
-    ArtifactError when `out` holds, or was begun with, other settings (each difference is named), and InputError when an
-    activation does not fit the dtype.
+    Goes on with a harvest that was stopped, and simply opens one that is complete and was made with the same settings.
+    Raises ArtifactError when `out` holds, or was begun with, other settings (each difference is named), and InputError
+    when an activation does not fit the dtype.
     """
     config = config or HarvestConfig()
     settings = _settings(model, dataset, names, config)

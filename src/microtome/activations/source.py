@@ -1,7 +1,7 @@
 """Where a stream of activations comes from: a store, or the model itself. Both give the same rows in the same order.
 
-A source is cut into *blocks* of a few sequences. `rows(block)` counts the activations of a block that are text's (special tokens are left
-out), from the token ids alone; `read(block)` gives them.
+A source is cut into *blocks* of a few sequences. `rows(block)` counts the activations of a block that are text's
+(special tokens are left out), from the token ids alone; `read(block)` gives them.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,8 @@
 
 The artifact is a folder of
 
-- `shard-00000.safetensors` …: for each hook point a tensor `[sequences, context, d]`, and `tokens` `[sequences, context]` int32;
+- `shard-00000.safetensors` …: for each hook point a tensor `[sequences, context, d]`, and `tokens` `[sequences,
+  context]` int32;
 - `manifest.json`: for each shard its sequences, bytes and SHA-256;
 - `config.json`: the model, dataset, hook points and dtype that it was made with.
 
@@ -49,7 +50,8 @@ class ActivationStore:
 
     @classmethod
     def open(cls, path: str | Path) -> "ActivationStore":
-        """The store at `path`. Raises ArtifactError when it is missing, unfinished, or a shard is not as long as it was."""
+        """The store at `path`. Raises ArtifactError when it is missing, unfinished, or a shard is not as long as it
+        was."""
         path = Path(path)
         config = read_head(path, KIND)
         shards = tuple(Shard(**row) for row in read_json(path / MANIFEST)["shards"])

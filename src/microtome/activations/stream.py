@@ -1,10 +1,11 @@
 """`ActivationStream`: shuffled batches from a source, through a buffer of bounded size.
 
 1. Each epoch visits the blocks of the source in a new order drawn from the seed.
-2. Rows fill a buffer. When it is full it is put into a random order, one half is given out as batches, and new rows take the places that
-   became free. A row is thus mixed with rows from all over the source, and given out exactly once an epoch.
-3. Which row is in which place depends on row *numbers* only. So `skip(n)` replays the plan without reading data, then reads just the rows
-   that the buffer holds at that moment: resuming is exact and quick.
+2. Rows fill a buffer. When it is full it is put into a random order, one half is given out as batches, and new rows
+   take the places that became free. A row is thus mixed with rows from all over the source, and given out exactly once
+   an epoch.
+3. Which row is in which place depends on row *numbers* only. So `skip(n)` replays the plan without reading data, then
+   reads just the rows that the buffer holds at that moment: resuming is exact and quick.
 """
 
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ class ActivationStream:
         self._pending: list[Int[np.ndarray, " batch"]] = []  # places of the batches to come
         self._cycle = 0
         self._buffer: Tensor | None = None
-        self._kept: tuple[int, Tensor] | None = None
+        self._kept: dict[int, Tensor] = {}
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch d"]]:
         return self
@@ -97,7 +98,8 @@ class ActivationStream:
             epoch += 1
 
     def _refill(self) -> Int[np.ndarray, " place"]:
-        """Give the free places new row numbers and plan the batches of half the buffer; returns the places that changed."""
+        """Give the free places new row numbers and plan the batches of half the buffer; returns the places that
+        changed."""
         filled = self._free
         rows = [self._left_over]
         n = len(self._left_over)
@@ -115,23 +117,22 @@ class ActivationStream:
         return filled
 
     def _load(self, places: Int[np.ndarray, " place"]) -> None:
-        """Read the rows that `places` hold, each block once."""
+        """Read the rows that `places` hold, each block once.
+
+        The block of which rows are left over is kept for the next refill: reading it again may mean a forward pass.
+        """
         places = places[np.argsort(self._held[places], kind="stable")]
         rows = self._held[places]
         blocks = np.searchsorted(self._first_row, rows, side="right") - 1
-        borders = np.flatnonzero(np.diff(blocks)) + 1
-        for some in np.split(np.arange(len(rows)), borders):
+        unfinished = np.searchsorted(self._first_row, self._left_over[:1], side="right") - 1
+        kept: dict[int, Tensor] = {}
+        for some in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(blocks)) + 1):
             block = int(blocks[some[0]])
-            data = self._block(block)
+            data = self._kept[block] if block in self._kept else self.source.read(block)
+            if block in unfinished:
+                kept[block] = data
             if self._buffer is None:
                 self._buffer = torch.empty(self.buffer_size, self.source.d, dtype=data.dtype, device=data.device)
-            self._buffer[torch.from_numpy(places[some])] = data[torch.from_numpy(rows[some] - self._first_row[block])]
-
-    def _block(self, block: int) -> Tensor:
-        """A block's rows. The block of which rows are left over is kept for the next refill: reading may mean a forward pass."""
-        if self._kept is not None and self._kept[0] == block:
-            return self._kept[1]
-        data = self.source.read(block)
-        if len(self._left_over) and self._first_row[block] <= self._left_over[0] < self._first_row[block + 1]:
-            self._kept = (block, data)
-        return data
+            local = torch.from_numpy(rows[some] - self._first_row[block])
+            self._buffer[torch.from_numpy(places[some])] = data[local.to(data.device)]
+        self._kept = kept

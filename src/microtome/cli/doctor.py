@@ -1,7 +1,7 @@
 """`microtome doctor`: looks at the machine and says what to do about each problem.
 
-Each check is a function that returns one `Finding`. "stop" means that Microtome cannot work; "note" means that it works,
-with less speed or without one of its parts. Only a "stop" makes the command fail.
+Each check is a function that returns one `Finding`. "stop" means that Microtome cannot work; "note" means that it
+works, with less speed or without one of its parts. Only a "stop" makes the command fail.
 """
 
 import importlib.metadata

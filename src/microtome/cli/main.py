@@ -4,7 +4,8 @@
 2. The chosen module has `Options` (a frozen dataclass that tyro fills), `run(options) -> dict`, `show(result) -> str`.
 3. The result goes to standard output, as JSON with `--json`; progress and errors go to standard error.
 
-Exit status: 0 done; 1 a MicrotomeError, or a result with `"ok": False`; 2 a command line that cannot be read; 130 stopped.
+Exit status: 0 done; 1 a MicrotomeError, or a result with `"ok": False`; 2 a command line that cannot be read; 130
+stopped.
 """
 
 import importlib
@@ -84,7 +85,8 @@ def load_command(name: str) -> CommandModule:
 
 
 def parse(name: str, arguments: Sequence[str]) -> CommandOptions:
-    """The options of the command `name`, from its part of the command line. Raises SystemExit when it cannot be read."""
+    """The options of the command `name`, from its part of the command line. Raises SystemExit when it cannot be
+    read."""
     import tyro
 
     return tyro.cli(

@@ -9,7 +9,8 @@ DEMO = "demo"
 
 
 def shipped(name: str) -> Path:
-    """The file or folder `name` among the package's assets. Raises ArtifactError for one that this copy comes without."""
+    """The file or folder `name` among the package's assets. Raises ArtifactError for one that this copy comes
+    without."""
     path = importlib.resources.files("microtome") / "assets" / name
     if not isinstance(path, Path) or not path.exists():
         raise ArtifactError(

@@ -1,7 +1,7 @@
 """Configs are frozen keyword-only dataclasses; here they become JSON and come back, strictly.
 
-`from_dict` rejects unknown and missing keys and values of the wrong type, then the dataclass's own `__post_init__` checks
-what the types cannot say.
+`from_dict` rejects unknown and missing keys and values of the wrong type, then the dataclass's own `__post_init__`
+checks what the types cannot say.
 """
 
 import dataclasses

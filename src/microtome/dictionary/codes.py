@@ -1,10 +1,11 @@
 """`SparseCodes`: which latents fire on each activation, and how strongly; and the sparse products of training.
 
-Shape legend: n activations (rows), k latents kept per row, F = d_sae latents, d = d_in. With k ≪ F only the encoder's product over all
-latents is dense. Everything else works on the n·k kept entries:
+Shape legend: n activations (rows), k latents kept per row, F = d_sae latents, d = d_in. With k ≪ F only the encoder's
+product over all latents is dense. Everything else works on the n·k kept entries:
 
 - `decode`            x̂ = f W_dec                     a weighted sum of k decoder rows
-- `sampled_products`  (x Wᵀ) at the kept entries       exact fp32 values where the selection was made in bf16; gradients of f
+- `sampled_products`  (x Wᵀ) at the kept entries       exact fp32 values where the selection was made in bf16; gradients
+  of f
 - `CodeTranspose`     fᵀ g                             the gradients of both weights, [F, d]
 """
 
@@ -52,11 +53,13 @@ def sampled_products(
 ) -> Float[Tensor, "n k"]:
     """x · weightᵀ at the given entries only."""
     pattern = _csr(indices, x.new_zeros(indices.numel()), len(weight))
-    return torch.sparse.sampled_addmm(pattern, x, weight.T, beta=0.0).values().view_as(indices)
+    products: Tensor = torch.sparse.sampled_addmm(pattern, x, weight.T, beta=0.0).values()
+    return products.view_as(indices)
 
 
 class CodeTranspose:
-    """The kept entries sorted by latent, so that fᵀ g is one sparse product. Sorting once serves both weight gradients."""
+    """The kept entries sorted by latent, so that fᵀ g is one sparse product. Sorting once serves both weight
+    gradients."""
 
     def __init__(self, indices: Int[Tensor, "n k"], d_sae: int) -> None:
         n, k = indices.shape

@@ -1,11 +1,13 @@
-"""`evaluate`: how well a dictionary stands for the activations, and what the model loses when it runs on the reconstruction.
+"""`evaluate`: how well a dictionary stands for the activations, and what the model loses when it runs on the
+reconstruction.
 
 Two passes over held-out text, special tokens (BOS, separator) left out everywhere and left as they are in spliced runs:
 
-1. *Reconstruction* (`Moments`, double precision, streamed): FVU = Σ‖x − x̂‖² / Σ‖x − x̄‖² over the whole set; the same without the two
-   dimensions of largest variance, since a few outlier dimensions can carry most of a model's variance; cosine, L0, firing counts.
-2. *Function*: cross-entropy and KL of the next token with x̂ in the place of x, against the clean run and one with zeros there.
-   CE recovered = (CE_zero − CE_spliced) / (CE_zero − CE_clean).
+1. *Reconstruction* (`Moments`, double precision, streamed): FVU = Σ‖x − x̂‖² / Σ‖x − x̄‖² over the whole set; the same
+   without the two dimensions of largest variance, since a few outlier dimensions can carry most of a model's variance;
+   cosine, L0, firing counts.
+2. *Function*: cross-entropy and KL of the next token with x̂ in the place of x, against the clean run and one with
+   zeros there. CE recovered = (CE_zero − CE_spliced) / (CE_zero − CE_clean).
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +31,8 @@ _OUTLIER_DIMENSIONS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """How much text: `n_tokens` for reconstruction, `function_tokens` of them for CE and KL; `batch_tokens` per forward pass."""
+    """How much text: `n_tokens` for reconstruction, `function_tokens` of them for CE and KL; `batch_tokens` per forward
+    pass."""
 
     n_tokens: int = 131_072
     function_tokens: int = 16_384
@@ -44,8 +47,9 @@ class EvaluateConfig:
 class Evaluation:
     """The figures. Fractions are of 1; cross-entropies in nats per token; `n_tokens` counts text tokens.
 
-    `fvu_all_positions` counts special tokens too and is there for comparison with tools that do: their outsized norm flatters it.
-    `density_counts[i]` is the number of latents whose density lies between `density_edges[i]` and `[i + 1]` (log10); dead ones are in none.
+    `fvu_all_positions` counts special tokens too and is there for comparison with tools that do: their outsized norm
+    flatters it. `density_counts[i]` is the number of latents whose density lies between `density_edges[i]` and `[i +
+    1]` (log10); dead ones are in none.
     """
 
     l0: float
@@ -245,7 +249,8 @@ class _Function:
 
 
 def density_histogram(fired: Int[Tensor, " d_sae"], n_tokens: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Counts of latents by log10 of the fraction of tokens on which they fire (dead ones in no bin), and the edges of the bins."""
+    """Counts of latents by log10 of the fraction of tokens on which they fire (dead ones in no bin), and the edges of
+    the bins."""
     density = (fired[fired > 0].double() / n_tokens).log10()
     edges = torch.linspace(-7.0, 0.0, 57, dtype=torch.float64)
     counts = torch.histogram(density.clamp(-7.0, 0.0), edges).hist.long()

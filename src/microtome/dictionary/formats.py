@@ -1,7 +1,8 @@
-"""Dictionaries on disk, in SAELens v6's format: `cfg.json` and `sae_weights.safetensors`, which SAELens opens as they are.
+"""Dictionaries on disk, in SAELens v6's format: `cfg.json` and `sae_weights.safetensors`, which SAELens opens as they
+are.
 
-Microtome adds its own `config.json` (how it was trained) and `provenance.json` beside them; a folder without those, made by SAELens, is
-read all the same.
+Microtome adds its own `config.json` (how it was trained) and `provenance.json` beside them; a folder without those,
+made by SAELens, is read all the same.
 """
 
 import hashlib

@@ -10,7 +10,8 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 class Loggers:
-    """The loggers named in `names`, written to together. Raises MissingDependencyError for one that is not installed."""
+    """The loggers named in `names`, written to together. Raises MissingDependencyError for one that is not
+    installed."""
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
         self._writers: list[Callable[[Mapping[str, float]], None]] = []
@@ -33,11 +34,11 @@ class Loggers:
     def _tensorboard(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        board = SummaryWriter(str(folder / "tensorboard"))
 
         def write(row: Mapping[str, float]) -> None:
             for key, value in row.items():
-                board.add_scalar(key, value, int(row["step"]))  # type: ignore[no-untyped-call]
+                board.add_scalar(key, value, int(row["step"]))
 
         self._writers.append(write)
         self._closers.append(board.close)

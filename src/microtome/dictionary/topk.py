@@ -3,8 +3,8 @@
     pre = (x − b_dec) W_enc + b_enc          f = ReLU(TopK_k(pre))          x̂ = f W_dec + b_dec
     L   = Σ‖x − x̂‖² / Σ‖x − x̄‖²  +  α · Σ‖e − ê‖² / Σ‖e − ē‖²              (§2.3, A.2)
 
-with e = x − x̂ (a constant) and ê = W_decᵀ TopK_{k_aux}(pre of dead latents), without b_dec. Rows of W_dec have unit norm. Gradients are
-written out instead of traced: only the product with the encoder is dense (see `codes.py`).
+with e = x − x̂ (a constant) and ê = W_decᵀ TopK_{k_aux}(pre of dead latents), without b_dec. Rows of W_dec have unit
+norm. Gradients are written out instead of traced: only the product with the encoder is dense (see `codes.py`).
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from microtome.dictionary.codes import CodeTranspose, SparseCodes, decode, laten
 class TopKConfig:
     """A TopK autoencoder to train.
 
-    `aux_k` is the number of dead latents that the auxiliary loss uses per row (None: half of d_in); `dead_after` the number of tokens
-    without a firing after which a latent counts as dead; `aux_coefficient` is α.
+    `aux_k` is the number of dead latents that the auxiliary loss uses per row (None: half of d_in); `dead_after` the
+    number of tokens without a firing after which a latent counts as dead; `aux_coefficient` is α.
     """
 
     architecture: ClassVar[str] = "topk"
@@ -109,8 +109,8 @@ class TopKSAE(nn.Module):
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
         """Make a dictionary of x that was trained on factor·x work on x itself. The decoder's rows keep their norm."""
-        self.b_enc /= factor
-        self.b_dec /= factor
+        self.b_enc.div_(factor)
+        self.b_dec.div_(factor)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -124,9 +124,11 @@ class TopKSAE(nn.Module):
         dead: Bool[Tensor, " d_sae"] | None,
         select_dtype: torch.dtype,
     ) -> StepReport:
-        """Put the gradients of the loss into `.grad`. `variance` is the data's mean ‖x − x̄‖², `dead` marks dead latents.
+        """Put the gradients of the loss into `.grad`. `variance` is the data's mean ‖x − x̄‖², `dead` marks dead
+        latents.
 
-        Latents are selected with a product in `select_dtype`; their values and all else are exact in the weights' dtype.
+        Latents are selected with a product in `select_dtype`; their values and all else are exact in the weights'
+        dtype.
         """
         centred = x - self.b_dec
         pre = functional.linear(centred.to(select_dtype), self.encoder.to(select_dtype), self.b_enc.to(select_dtype))

@@ -1,14 +1,16 @@
 """Training: one dictionary on one stream of activations.
 
 1. The first batches of the stream give the data's centre (geometric median), scale (mean norm becomes √d) and variance.
-2. Each step: gradients (`TopKSAE.training_step`), Adam, decoder rows back to unit norm, count of tokens since each latent fired.
-3. Every `checkpoint_every` steps all state is written to the draft folder. A run that was stopped goes on from there, on exactly the batches
-   that were to come, and ends with the same weights.
+2. Each step: gradients (`TopKSAE.training_step`), Adam, decoder rows back to unit norm, count of tokens since each
+   latent fired.
+3. Every `checkpoint_every` steps all state is written to the draft folder. A run that was stopped goes on from there,
+   on exactly the batches that were to come, and ends with the same weights.
 4. At the end the scale is folded into the biases, so that the saved dictionary takes the model's own activations.
 """
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +41,9 @@ _STATISTICS_BATCHES = 4
 class TrainConfig:
     """How to train. `n_tokens` counts activations taken from the stream, which begins again when it ends.
 
-    `lr` None means 2e-4 / √(d_sae / 16384), the field's rule for TopK; it rises over `warmup_steps` and falls to zero over the last
-    `decay_fraction`. `select_dtype` is the dtype of the product that selects latents ("auto": bf16 where the hardware has it).
+    `lr` None means 2e-4 / √(d_sae / 16384), the field's rule for TopK; it rises over `warmup_steps` and falls to zero
+    over the last `decay_fraction`. `select_dtype` is the dtype of the product that selects latents ("auto": bf16 where
+    the hardware has it).
     """
 
     n_tokens: int = 2_000_000
@@ -91,8 +94,9 @@ def train(
 ) -> list[Dictionary]:
     """Train a dictionary (or several, one after another) and return them, saved at `out` (or `out/0`, `out/1` …).
 
-    `source` is a store (opened or its folder; `hook_name` chooses one of its points) or a `ModelSource`. A training that was stopped goes
-    on from its last checkpoint. Raises InputError when the loss stops being a number; the last good checkpoint is kept.
+    `source` is a store (opened or its folder; `hook_name` chooses one of its points) or a `ModelSource`. A training
+    that was stopped goes on from its last checkpoint. Raises InputError when the loss stops being a number; the last
+    good checkpoint is kept.
     """
     config = config or TrainConfig()
     if isinstance(source, str | Path):
@@ -214,7 +218,7 @@ class Trainer:
         ):
             return None
         loss = float(report.loss)
-        if loss != loss or loss == float("inf"):
+        if not math.isfinite(loss):
             raise InputError(
                 f"The loss is {loss} at step {self.step}",
                 got=f"learning rate {lr:.2e}",
@@ -290,7 +294,8 @@ class Trainer:
 
 
 def geometric_median(rows: Float[Tensor, "row d"], steps: int = 20) -> Float[Tensor, " d"]:
-    """The point with the least sum of distances to all rows, by Weiszfeld's iteration: a centre that outliers do not move."""
+    """The point with the least sum of distances to all rows, by Weiszfeld's iteration: a centre that outliers do not
+    move."""
     point = rows.mean(0)
     for _ in range(steps):
         weights = 1.0 / (rows - point).norm(dim=1).clamp_min(1e-9)

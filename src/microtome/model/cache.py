@@ -11,8 +11,8 @@ from microtome.model.names import HookName
 class ActivationCache(Mapping[str, Tensor]):
     """A read-only mapping from hook names to tensors, in the order of the forward pass.
 
-    `cache["blocks.5.hook_resid_pre"]` and the short forms `cache["resid_pre", 5]`, `cache["z", 5]` and `cache["embed"]` are the
-    same as in TransformerLens. An entry that was not asked for is a ModelError that lists the nearest ones.
+    `cache["blocks.5.hook_resid_pre"]` and the short forms `cache["resid_pre", 5]`, `cache["z", 5]` and `cache["embed"]`
+    are the same as in TransformerLens. An entry that was not asked for is a ModelError that lists the nearest ones.
     """
 
     def __init__(self, activations: Mapping[HookName, Tensor]) -> None:

@@ -1,7 +1,8 @@
-"""Attention for decoding one token at a time with grouped queries, without copying keys and values for every query head.
+"""Attention for decoding one token at a time with grouped queries, without copying keys and values for every query
+head.
 
-The library's SDPA path repeats each key/value head for all its query heads, which for a large batch moves more memory than everything else
-in a step. Here the query heads of a group become rows of one product with their key/value head.
+The library's SDPA path repeats each key/value head for all its query heads, which for a large batch moves more memory
+than everything else in a step. Here the query heads of a group become rows of one product with their key/value head.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ def grouped_decoding(hf: PreTrainedModel) -> Iterator[None]:
     """Within the block `hf` decodes single tokens with `grouped_attention`; longer inputs take SDPA as before."""
     ALL_ATTENTION_FUNCTIONS.register(_NAME, grouped_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, sdpa_mask)
-    before = hf.config._attn_implementation
+    before = hf.config._attn_implementation  # noqa: SLF001 - the library has no public name for it
     hf.set_attn_implementation(_NAME)
     try:
         yield

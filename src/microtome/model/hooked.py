@@ -26,7 +26,8 @@ Logits = Float[Tensor, "batch pos d_vocab"]
 
 
 class HookPoint:
-    """What a hook function gets beside the activation: where it is. As in TransformerLens: `hook.name`, `hook.layer()`."""
+    """What a hook function gets beside the activation: where it is. As in TransformerLens: `hook.name`,
+    `hook.layer()`."""
 
     def __init__(self, name: HookName) -> None:
         self.hook_name, self.name = name, str(name)
@@ -47,8 +48,8 @@ Hooks = Sequence[tuple[Names, HookFn]]
 class HookedModel:
     """A language model with named hook points. Made by `load_model`, or from any Hugging Face model of a known family.
 
-    Attributes: `hf` (the module itself), `tokenizer` (or None), `name`, `config` (sizes under the field's names), `spec`,
-    `revision` (of the weights, if known).
+    Attributes: `hf` (the module itself), `tokenizer` (or None), `name`, `config` (sizes under the field's names),
+    `spec`, `revision` (of the weights, if known).
     """
 
     def __init__(
@@ -85,7 +86,8 @@ class HookedModel:
         return [str(name) for name in self._sites]
 
     def resolve(self, names: Names) -> list[HookName]:
-        """Hook names from an exact name, a glob (`"blocks.*.hook_resid_pre"`), a predicate, or a list of names and globs.
+        """Hook names from an exact name, a glob (`"blocks.*.hook_resid_pre"`), a predicate, or a list of names and
+        globs.
 
         Sorted by depth, each once. Raises ModelError for one that this model does not have, listing the nearest.
         """
@@ -191,8 +193,8 @@ class HookedModel:
     ) -> tuple[Logits, ActivationCache]:
         """Logits, and the activations at the points `names` (all, unless said otherwise).
 
-        `positions` keeps only some positions, `dtype` and `device` convert each activation inside the hook. Raises ModelError
-        for a name that is not there or does not fire.
+        `positions` keeps only some positions, `dtype` and `device` convert each activation inside the hook. Raises
+        ModelError for a name that is not there or does not fire.
         """
         kept, taps = self._capture(names, positions, dtype, device)
         with tapped(self.hf, self.config, self._sites, taps):

@@ -28,10 +28,11 @@ def load_model(
     """Open a model.
 
     `name` is a built-in name (`"smollm2-135m"`), a local folder, a GGUF file, or a Hugging Face id. Weights come from
-    safetensors (or `weights_only` pickles), in `dtype` on `device`. `trust_remote_code` lets a hub model run its own code.
+    safetensors (or `weights_only` pickles), in `dtype` on `device`. `trust_remote_code` lets a hub model run its own
+    code.
 
-    Raises ModelError for a name that is none of these, a folder without weights, a family without a spec, or when there is
-    neither network nor local copy.
+    Raises ModelError for a name that is none of these, a folder without weights, a family without a spec, or when there
+    is neither network nor local copy.
     """
     text = str(name)
     if text in BUILTIN:
@@ -58,7 +59,7 @@ def load_model(
         if hf_progress:
             hf_logging.enable_progress_bar()
     return HookedModel(
-        hf.to(parse_device(device)),
+        hf.to(parse_device(device)),  # type: ignore[arg-type]  # the library wraps `to` without its types
         tokenizer,
         name=text,
         spec=spec,

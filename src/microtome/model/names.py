@@ -1,7 +1,7 @@
 """Hook points: their names (TransformerLens's), axes and order, parsed once into `HookName`.
 
-A name is either global (`hook_embed`) or belongs to a block (`blocks.6.hook_resid_pre`). `POINTS` lists what Microtome knows
-in the order in which a forward pass reaches it; which of them a model has is said by its family's spec.
+A name is either global (`hook_embed`) or belongs to a block (`blocks.6.hook_resid_pre`). `POINTS` lists what Microtome
+knows in the order in which a forward pass reaches it; which of them a model has is said by its family's spec.
 """
 
 import re

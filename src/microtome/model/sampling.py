@@ -1,9 +1,9 @@
 """Sampling a corpus from a model: a recipe of prompts in, JSON lines of documents out.
 
-A batch of prompts of unequal length needs no padding here: all rows start at position 0 and each is *forced* along its prompt, then
-sampled. Prompts of like length share a batch. The keys and values live in a static cache, and a step reads them once per key/value head
-(`decoding.py`). Batch `b` depends on the recipe and the seed alone, so a stopped run goes on with the next batch and ends with the same
-corpus.
+A batch of prompts of unequal length needs no padding here: all rows start at position 0 and each is *forced* along its
+prompt, then sampled. Prompts of like length share a batch. The keys and values live in a static cache, and a step reads
+them once per key/value head (`decoding.py`). Batch `b` depends on the recipe and the seed alone, so a stopped run goes
+on with the next batch and ends with the same corpus.
 """
 
 import json
@@ -41,7 +41,8 @@ class PromptKind:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusRecipe:
-    """What to sample. `{topic}`-like gaps in prompts are filled from `words`; `chat_share` of the prompts are chat requests."""
+    """What to sample. `{topic}`-like gaps in prompts are filled from `words`; `chat_share` of the prompts are chat
+    requests."""
 
     documents: int
     max_new_tokens: int
@@ -85,8 +86,7 @@ def sample_corpus(model: HookedModel, recipe: CorpusRecipe, out: str | Path, *, 
     with progress(len(prompts), "sample a corpus", "documents") as bar:
         for i, (batch, part) in enumerate(zip(batches, parts, strict=True)):
             if not part.exists():
-                rows = _sample_batch(model, recipe, batch, seed=derive_seed(recipe.seed, "batch", i))
-                write_json(part, {"rows": rows})
+                write_json(part, {"rows": _sample_batch(model, recipe, batch, seed=derive_seed(recipe.seed, "batch", i))})
             bar.advance(len(batch))
     rows = [row for part in parts for row in read_json(part)["rows"]]
     rows.sort(key=lambda row: row["number"])
@@ -163,7 +163,8 @@ def sample_continuations(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Each prompt's ids followed by up to `max_new_tokens` sampled ones; a row ends before its first end-of-sequence token.
+    """Each prompt's ids followed by up to `max_new_tokens` sampled ones; a row ends before its first end-of-sequence
+    token.
 
     The nucleus (`top_p`) is taken within the `top_k` likeliest tokens.
     """
@@ -207,7 +208,7 @@ def _draw(
 
 
 def _end_ids(model: HookedModel) -> Int[Tensor, " ends"]:
-    named = model.hf.generation_config.eos_token_id if model.hf.generation_config else None
+    named = getattr(model.hf.generation_config, "eos_token_id", None)
     ids = named if isinstance(named, list) else [named]
     if model.tokenizer is not None:
         ids = [*ids, model.tokenizer.eos_token_id, model.tokenizer.unk_token_id]

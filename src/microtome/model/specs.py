@@ -1,7 +1,7 @@
 """One spec per model family: where, inside the untouched Hugging Face module, each hook point is.
 
-A `Site` is the input or the output of a submodule. A family is a table of sites and the paths of its weights; nothing else in
-Microtome knows a family's module names.
+A `Site` is the input or the output of a submodule. A family is a table of sites and the paths of its weights; nothing
+else in Microtome knows a family's module names.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from microtome.common.errors import ModelError
 class Site:
     """Where a hook point's tensor passes: `side` of the submodule `module` (`{i}` stands for the layer).
 
-    `in_place` marks an input that the residual stream shares: Hugging Face's block keeps the same tensor to add it back later,
-    so an edit has to be written into that tensor to reach both readers.
+    `in_place` marks an input that the residual stream shares: Hugging Face's block keeps the same tensor to add it back
+    later, so an edit has to be written into that tensor to reach both readers.
     """
 
     module: str
@@ -43,7 +43,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilySpec:
-    """A family: its name, the `model_type`s of Hugging Face that belong to it, its sites and the paths of its weights."""
+    """A family: its name, the `model_type`s of Hugging Face that belong to it, its sites and the paths of its
+    weights."""
 
     name: str
     model_types: tuple[str, ...]

@@ -76,7 +76,8 @@ class _Hook:
     def _split_heads(self, tensor: Tensor) -> Tensor:
         if self.name.axes != HEADS:
             return tensor
-        return tensor.unflatten(-1, (self.config.n_heads, self.config.d_head))
+        heads: Tensor = tensor.unflatten(-1, (self.config.n_heads, self.config.d_head))
+        return heads
 
 
 class StopForward(Exception):  # noqa: N818 - not an error: how a run ends early

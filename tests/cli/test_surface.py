@@ -19,6 +19,7 @@ SURFACE = {
         *("recipe", "out", "overwrite"),
     ],
     "serve": ["index", "host", "port", "open", "no_model", "allow_host"],
+    "bench": ["name", "set"],
 }
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,215 @@
+"""`microtome bench`: each benchmark at tiny sizes through the command; what its figures mean; what it says when it cannot run.
+No speed is asserted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import train as train_benchmark
+from benchmarks.agreement import TOP, Agreement, common_top
+from benchmarks.common import in_turn, installed, rate, ratio, resident_bytes
+from benchmarks.harvest import bare_activations
+from transformers import PreTrainedTokenizerFast
+
+from microtome.cli.bench import NAMES, load, sizes
+from microtome.cli.main import main
+from microtome.common.device import cpu_has_bf16
+from microtome.common.errors import ConfigError, MissingDependencyError
+from microtome.dictionary import Dictionary, Origin, save_dictionary
+from microtome.model import HookedModel
+
+HARVEST = ["layer=1", "context=24", "batch_tokens=120", "tokens=480", "rounds=3", "compare_tokens=960", "device=cpu"]
+TEXT = "The cat sat on the mat, and the dog looked on.\nIn 1969 the first people walked on the Moon.\n"
+TRAIN = [
+    *("layer=1", "context=24", "rows=512", "held_out=64", "d_sae=128", "k=4", "batch_size=64", "steps=6"),
+    *("steps_per_turn=2", "warmup_steps=2", "device=cpu"),
+]
+
+
+@pytest.fixture
+def tiny_inputs(tiny_llama: HookedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> list[str]:
+    """`--set` words that name a tiny model and a corpus, both on disk."""
+    model, corpus = tmp_path / "model", tmp_path / "corpus.txt"
+    tiny_llama.hf.save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    corpus.write_text(TEXT * 60, encoding="utf-8")
+    return [f"model={model}", f"corpus={corpus}"]
+
+
+def bench(capsys: pytest.CaptureFixture[str], name: str, *words: str) -> dict[str, Any]:
+    assert main(["bench", name, "--json", "--set", *words]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result) == ["benchmark", "machine", "sizes", "figures", "ratios", "notes"]
+    assert result["benchmark"] == name
+    assert result["machine"]["cores"] >= 1
+    return dict(result)
+
+
+def quotient(figures: dict[str, float], ours: str, theirs: str) -> float | None:
+    return figures[ours] / figures[theirs] if ours in figures and theirs in figures else None
+
+
+def test_harvest(tiny_inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "dictionary"
+    folder.mkdir()
+    torch.manual_seed(0)
+    origin = Origin(model_name=tiny_inputs[0].removeprefix("model="), hook_name="blocks.1.hook_resid_pre")
+    sae = Dictionary(32, 64, 4, origin=origin, path=folder)
+    for parameter in (sae.encoder, sae.W_dec):
+        torch.nn.init.normal_(parameter)
+    save_dictionary(sae, folder, origin)
+
+    result = bench(capsys, "harvest", *tiny_inputs, *HARVEST, f"dictionary={folder}")
+
+    speed, seconds = result["figures"]["tokens_per_second"], result["figures"]["seconds"]
+    dtypes = ["fp32", "bf16"] if cpu_has_bf16() else ["fp32"]
+    assert list(speed) == [
+        side.format(d) for d in dtypes for side in ("huggingface_{}", "microtome_{}", "microtome_{}_with_disk")
+    ]
+    assert result["sizes"]["tokens"] == 480
+    assert {len(some) for some in seconds.values()} == {3}
+    for name, some in seconds.items():
+        assert speed[name] == pytest.approx(480 / sorted(some)[1])
+    assert result["ratios"] == {
+        "fp32_vs_huggingface": quotient(speed, "microtome_fp32", "huggingface_fp32"),
+        "bf16_vs_fp32": quotient(speed, "microtome_bf16", "microtome_fp32"),
+        "bf16_vs_huggingface_bf16": quotient(speed, "microtome_bf16", "huggingface_bf16"),
+        "fp32_with_disk_vs_huggingface": quotient(speed, "microtome_fp32_with_disk", "huggingface_fp32"),
+        "bf16_with_disk_vs_huggingface_bf16": quotient(speed, "microtome_bf16_with_disk", "huggingface_bf16"),
+    }
+    agreement = result["figures"]["bf16_against_fp32"]
+    if "bf16" in dtypes:
+        assert result["notes"] == []
+        assert 0 < agreement["fvu"] < 0.01
+        assert 0.5 < agreement["fired_jaccard"] < 1
+        assert agreement["latents_compared"] > 0
+        assert 0.5 < agreement["top_examples_common"] <= 1
+    else:
+        assert agreement is None
+        assert "bf16 is left out" in result["notes"][0]
+
+
+def test_both_sides_of_harvest_compute_the_same(tiny_llama: HookedModel) -> None:
+    tokens = torch.arange(48).view(2, 24)
+    ours = tiny_llama.activations(tokens, "blocks.2.hook_resid_pre")["blocks.2.hook_resid_pre"]
+    assert torch.equal(ours, bare_activations(tiny_llama.hf, tokens, 2))
+    assert not tiny_llama.hf.model.layers[2]._forward_pre_hooks
+
+
+def test_train(tiny_inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    result = bench(capsys, "train", *tiny_inputs, *TRAIN)
+    figures = result["figures"]
+    speed = figures["steps_per_second"]
+    peers = [name for name in speed if name != "microtome"]
+    assert len(peers) == (3 if installed("sae_lens") else 0)
+    assert {len(some) for some in figures["seconds"].values()} == {2}
+    for name in speed:
+        first, second = figures["seconds"][name]
+        assert speed[name] == pytest.approx(2 / ((first + second) / 2))
+        assert figures["activations_per_second"][name] == pytest.approx(64 * speed[name])
+        assert 0 < figures["start_bytes"][name] <= figures["peak_bytes"][name]
+        assert figures["fvu"][name] > 0
+    assert figures["fvu"]["microtome"] < 1
+    expected = speed["microtome"] / max(speed[name] for name in peers) if peers else None
+    missing = dict.fromkeys(train_benchmark.NOT_BUILT)
+    assert result["ratios"] == {"topk_vs_saelens": expected, **missing}
+    assert all(name in result["notes"][-1] for name in missing)
+
+
+def test_a_missing_peer_is_null_and_says_how_to_install_it(
+    tiny_inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_benchmark, "PEER", "a_package_that_is_not_there")
+    result = bench(capsys, "train", *tiny_inputs, *TRAIN)
+    assert result["ratios"]["topk_vs_saelens"] is None
+    assert list(result["figures"]["steps_per_second"]) == ["microtome"]
+    assert any("pip install 'sae-lens" in note for note in result["notes"])
+
+
+def test_text_shows_figures_and_ratios(tiny_inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for word in HARVEST if not word.startswith("rounds")]
+    assert main(["bench", "harvest", "--set", *tiny_inputs, *words, "rounds=1", "compare_tokens=240"]) == 0
+    out = capsys.readouterr().out
+    assert "fp32 vs huggingface" in out
+    assert "microtome fp32 with disk" in out
+
+
+def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
+    order: list[str] = []
+
+    def side(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    seconds = in_turn({"a": lambda: side("a"), "b": lambda: side("b")}, 2, "test")
+    assert order == ["a", "b"] * 3
+    assert seconds == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+def test_rate_and_ratio() -> None:
+    assert rate(100, [1.0, 50.0, 2.0]) == 50.0
+    assert ratio(6.0, 3.0) == 2.0
+    assert ratio(6.0, None) is None
+    assert ratio(None, 3.0) is None
+
+
+def test_memory_is_this_process() -> None:
+    assert 10_000_000 < resident_bytes("VmRSS") <= resident_bytes("VmHWM")
+
+
+def test_common_top_against_a_plain_twin() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(40, 12, generator=generator)
+    b = a + 0.3 * torch.rand(40, 12, generator=generator)
+    a[:, 0] = 0  # fires nowhere
+    b[TOP - 1 :, 1] = 0  # in too few sequences
+    expected = []
+    for latent in range(2, 12):
+        tops = [set(sorted(range(40), key=lambda i: -float(m[i, latent]))[:TOP]) for m in (a, b)]
+        expected.append(len(tops[0] & tops[1]) / TOP)
+    assert common_top(a, b).tolist() == pytest.approx(expected)
+    assert 0 < sum(expected) < len(expected)
+
+
+def test_agreement_leaves_special_tokens_out() -> None:
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    is_text = torch.ones(3, 5, dtype=torch.bool)
+    is_text[:, 0] = False
+    other = x.clone()
+    other[:, 0] += 100
+    agreement = Agreement(8, 3, None)
+    agreement.add(x, other, is_text)
+    figures = agreement.figures()
+    assert figures["fvu"] == 0
+    assert figures["text_tokens"] == 12
+
+
+def test_an_unknown_benchmark_lists_the_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "harvst"]) == 1
+    err = capsys.readouterr().err
+    assert all(name in err for name in NAMES)
+    assert "Did you mean 'harvest'" in err
+
+
+def test_without_the_repository(tmp_path: Path) -> None:
+    with pytest.raises(MissingDependencyError, match="Clone the repository"):
+        load("harvest", tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_size_is_answered_with_the_right_ones(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", name, "--set", "contxt=3"]) == 1
+    assert "context" in capsys.readouterr().err
+
+
+def test_sizes() -> None:
+    assert sizes(["rounds=3", "lr=0.001", "corpus=demo", "model=a=b"]) == {
+        "rounds": 3,
+        "lr": 0.001,
+        "corpus": "demo",
+        "model": "a=b",
+    }
+    with pytest.raises(ConfigError, match="NAME=VALUE"):
+        sizes(["rounds"])

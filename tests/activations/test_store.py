@@ -45,7 +45,12 @@ def test_a_store_holds_what_the_model_computes(
 
 @pytest.mark.parametrize(("dtype", "bits"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_half_precision_stores_round_the_same_values(
-    tiny_llama: HookedModel, tiny_dataset: TokenDataset, tmp_path: Path, store: ActivationStore, dtype: str, bits: torch.dtype
+    tiny_llama: HookedModel,
+    tiny_dataset: TokenDataset,
+    tmp_path: Path,
+    store: ActivationStore,
+    dtype: str,
+    bits: torch.dtype,
 ) -> None:
     config = dataclasses.replace(CONFIG, dtype=dtype)
     half = harvest(tiny_llama, tiny_dataset, NAMES[0], tmp_path / dtype, config=config)
@@ -57,7 +62,9 @@ def test_a_value_that_fp16_cannot_hold_is_an_error(
 ) -> None:
     grow = tiny_llama.hooks([("blocks.0.hook_resid_pre", lambda act, hook: act * 1e6)])
     with pytest.raises(InputError, match=r"not finite in fp16.*bf16 or fp32"), grow:
-        harvest(tiny_llama, tiny_dataset, "blocks.0.hook_resid_post", tmp_path / "s", config=HarvestConfig(dtype="fp16"))
+        harvest(
+            tiny_llama, tiny_dataset, "blocks.0.hook_resid_post", tmp_path / "s", config=HarvestConfig(dtype="fp16")
+        )
 
 
 HARVEST = """
@@ -123,7 +130,9 @@ def test_other_settings_are_refused_with_the_difference_named(
     assert replaced.n_sequences == 5
 
 
-def test_a_draft_of_other_settings_is_refused(tiny_llama: HookedModel, tiny_dataset: TokenDataset, tmp_path: Path) -> None:
+def test_a_draft_of_other_settings_is_refused(
+    tiny_llama: HookedModel, tiny_dataset: TokenDataset, tmp_path: Path
+) -> None:
     made = harvest(tiny_llama, tiny_dataset, NAMES, tmp_path / "s", config=CONFIG)
     made.path.rename(tmp_path / "s.partial")
     with pytest.raises(ArtifactError, match="begun with other settings"):

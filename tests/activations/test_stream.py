@@ -63,7 +63,9 @@ def test_every_row_comes_equally_often(buffer_size: int) -> None:
 
 def test_the_order_is_mixed_and_belongs_to_the_seed() -> None:
     def order(seed: int) -> list[int]:
-        return numbers(ActivationStream(CountingSource([10] * 40), StreamConfig(batch_size=8, buffer_size=128, seed=seed)), 40)
+        return numbers(
+            ActivationStream(CountingSource([10] * 40), StreamConfig(batch_size=8, buffer_size=128, seed=seed)), 40
+        )
 
     assert order(1) == order(1) != order(2)
     steps = np.abs(np.diff(order(1)))

@@ -11,13 +11,36 @@ from microtome.cli.main import COMMANDS, load_command, usage
 from microtome.cli.options import CommandOptions
 
 COMMON = ["json"]
+MODEL = ["model", "dtype", "device"]
+TEXT = [*MODEL, "corpus", "tokens", "context", "max_tokens", "part"]
 SURFACE = {
+    "demo": ["from_scratch", "out", "harvest_tokens", "train_tokens", "no_serve", "port", "open"],
     "doctor": ["offline", "timeout"],
     "models": [],
     "generate": [
         *("model", "dtype", "device", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed"),
         *("recipe", "out", "overwrite"),
     ],
+    "harvest": [*TEXT, "hooks", "out", "store_dtype", "batch_tokens", "shard_tokens", "overwrite"],
+    "train": [
+        *TEXT,
+        *(
+            "out",
+            "store",
+            "hook",
+            "d_sae",
+            "k",
+            "aux_k",
+            "dead_after",
+            "train_tokens",
+            "batch_size",
+            "buffer_size",
+            "lr",
+        ),
+        *("warmup_steps", "decay_fraction", "seed", "checkpoint_every", "log_to", "overwrite"),
+    ],
+    "evaluate": [*TEXT, "dictionary", "n_tokens", "function_tokens", "out"],
+    "index": [*TEXT, "dictionary", "out", "store", "top", "bands", "per_band", "window", "seed", "overwrite"],
     "serve": ["index", "host", "port", "open", "no_model", "allow_host"],
     "bench": ["name", "set"],
 }

@@ -8,7 +8,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from microtome.common.errors import ConfigError, ModelError
-from microtome.dictionary import Dictionary, EvaluateConfig, Origin, TopKConfig, TopKSAE, evaluate, load_dictionary, save_dictionary
+from microtome.dictionary import (
+    Dictionary,
+    EvaluateConfig,
+    Origin,
+    TopKConfig,
+    TopKSAE,
+    evaluate,
+    load_dictionary,
+    save_dictionary,
+)
 from microtome.dictionary.evaluate import Moments, density_histogram
 from microtome.model import HookedModel
 from microtome.text import TokenDataset

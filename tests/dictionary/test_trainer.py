@@ -53,7 +53,7 @@ class Synthetic:
 def test_it_finds_the_features_that_the_data_is_made_of(tmp_path: Path) -> None:
     source = Synthetic()
     architecture = TopKConfig(d_sae=48, k=3, dead_after=4000)
-    config = TrainConfig(n_tokens=400_000, batch_size=256, lr=3e-3, warmup_steps=50)
+    config = TrainConfig(n_tokens=200_000, batch_size=256, lr=3e-3, warmup_steps=50)
     [sae] = train(architecture, source, out=tmp_path / "sae", config=config)
     cosines = functional.normalize(sae.W_dec, dim=1) @ source.features.T
     assert float(cosines.max(0).values.median()) > 0.95
@@ -89,23 +89,30 @@ def test_a_stopped_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
 def test_a_seed_gives_one_dictionary_and_another_seed_another(tmp_path: Path) -> None:
     prints = [
-        train(ARCHITECTURE, Synthetic(), out=tmp_path / str(i), config=dataclasses.replace(CONFIG, seed=seed))[0].fingerprint
+        train(ARCHITECTURE, Synthetic(), out=tmp_path / str(i), config=dataclasses.replace(CONFIG, seed=seed))[
+            0
+        ].fingerprint
         for i, seed in enumerate((0, 0, 1))
     ]
     assert prints[0] == prints[1] != prints[2]
 
 
 def test_dead_latents_come_back_with_the_auxiliary_loss(tmp_path: Path) -> None:
-    """Far more latents than features: without the loss most of them stay dead."""
+    """Half of the latents begin with encoders so small that they are never among the k largest."""
 
     def dead(coefficient: float) -> int:
-        architecture = TopKConfig(d_sae=256, k=3, dead_after=2000, aux_coefficient=coefficient, aux_k=32)
-        config = TrainConfig(n_tokens=150_000, batch_size=256, lr=3e-3)
-        train(architecture, Synthetic(), out=tmp_path / str(coefficient), config=config)
-        rows = (tmp_path / str(coefficient) / "training.jsonl").read_text().splitlines()
-        return int(json.loads(rows[-1])["dead"])
+        architecture = TopKConfig(d_sae=64, k=3, dead_after=8000, aux_coefficient=coefficient, aux_k=16)
+        config = TrainConfig(n_tokens=100_000, batch_size=256, lr=3e-3)
+        trainer = Trainer(architecture, Synthetic(n_features=60), tmp_path / str(coefficient), config)
+        batches = trainer._begin()
+        with torch.no_grad():
+            trainer.sae.encoder[:32] *= 1e-3
+        while trainer.step < config.n_steps:
+            trainer._train_step(next(batches))
+        return int((trainer.silent[:32] >= architecture.dead_after).sum())
 
-    assert dead(1 / 8) < dead(0.0) / 2
+    assert dead(0.0) > 28
+    assert dead(1 / 8) < 8
 
 
 def test_nan_in_the_data_stops_the_training_and_keeps_the_checkpoint(tmp_path: Path) -> None:

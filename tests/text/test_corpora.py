@@ -1,10 +1,8 @@
 """`open_corpus` finds the text that a spec means, always in the same order, and says clearly when there is none."""
 
 import hashlib
-import importlib.resources
 import json
 import sysconfig
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,15 +40,12 @@ def test_the_standard_library_is_read_in_order_without_tests_and_packages() -> N
     assert one.text == (Path(sysconfig.get_path("stdlib")) / "json/decoder.py").read_text(encoding="utf-8")
 
 
-def test_the_demo_corpus_opens_or_says_that_it_is_not_there() -> None:
-    file = importlib.resources.files("microtome") / "assets" / "demo_corpus.jsonl.zst"
-    if file.is_file():
-        corpus = open_corpus("demo")
-        assert all(document.text for document in islice(corpus, 20))
-        assert next(iter(corpus)).source == "demo_corpus.jsonl.zst#0"
-    else:
-        with pytest.raises(InputError, match=r"without the demo corpus \(demo_corpus\.jsonl\.zst\)"):
-            open_corpus("demo")
+def test_the_demo_corpus_ships_with_the_package() -> None:
+    documents = list(open_corpus("demo"))
+    assert len(documents) == 6656
+    assert all(document.text for document in documents[:200])
+    assert documents[0].source == "python#0"
+    assert {document.source.split("#")[0] for document in documents} >= {"news", "law", "french", "recipe", "sport"}
 
 
 def test_a_folder_gives_its_text_files_at_any_depth(folder: Path) -> None:

@@ -187,3 +187,8 @@ def test_a_csv_field_may_be_longer_than_the_csv_module_allows_by_itself(tmp_path
     path.write_text("text\n" + "slice " * 40_000 + "\n")
     assert len(read(path)[0].text) == 240_000
     assert csv.field_size_limit() == before
+
+
+def test_a_jsonl_record_may_name_its_own_source(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "source": "letter#7"}\n{"text": "two", "source": ""}\n')
+    assert [d.source for d in read_documents(tmp_path / "a.jsonl", "a.jsonl", "text")] == ["letter#7", "a.jsonl#1"]

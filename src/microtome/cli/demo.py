@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from microtome.cli import serve
 from microtome.cli.evaluate import METRICS
-from microtome.cli.main import load_command, parse
 from microtome.cli.options import CommandOptions, lines
 
 if TYPE_CHECKING:
@@ -49,10 +49,9 @@ def run(options: Options) -> dict[str, Any]:
         folder = shipped("demo/index")
     if options.no_serve:
         return {**made, **check(folder)}
-    words = [str(folder), "--port", str(options.port), *(["--open"] if options.open else [])]
     if made:
         print(lines(made), file=sys.stderr)
-    return {**made, **load_command("serve").run(parse("serve", words))}
+    return {**made, **serve.run(serve.Options(index=folder, port=options.port, open=options.open))}
 
 
 def show(result: dict[str, Any]) -> str:

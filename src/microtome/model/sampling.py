@@ -86,7 +86,9 @@ def sample_corpus(model: HookedModel, recipe: CorpusRecipe, out: str | Path, *, 
     with progress(len(prompts), "sample a corpus", "documents") as bar:
         for i, (batch, part) in enumerate(zip(batches, parts, strict=True)):
             if not part.exists():
-                write_json(part, {"rows": _sample_batch(model, recipe, batch, seed=derive_seed(recipe.seed, "batch", i))})
+                write_json(
+                    part, {"rows": _sample_batch(model, recipe, batch, seed=derive_seed(recipe.seed, "batch", i))}
+                )
             bar.advance(len(batch))
     rows = [row for part in parts for row in read_json(part)["rows"]]
     rows.sort(key=lambda row: row["number"])

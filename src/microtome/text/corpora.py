@@ -5,7 +5,6 @@ A `Corpus` is iterated, as often as one likes and always in the same order, and 
 
 import glob
 import hashlib
-import importlib.resources
 import itertools
 import re
 import sys
@@ -16,13 +15,14 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 from urllib.parse import parse_qsl
 
+from microtome.common.assets import DEMO, shipped
 from microtome.common.config import JsonObject
 from microtome.common.errors import ConfigError, InputError, unknown_name
 from microtome.text.documents import FORMATS, Document, describe_files, file_format, read_documents
 from microtome.text.hub import open_hub_dataset
 
-STDLIB, DEMO, HUB = "python-stdlib", "demo", "hf:"
-_DEMO_FILE = "demo_corpus.jsonl.zst"
+STDLIB, HUB = "python-stdlib", "hf:"
+_DEMO_FILE = "corpus.jsonl.zst"
 _STDLIB_LEFT_OUT = frozenset(("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"))
 _OPTIONS = re.compile(r"\?(\w+=[^?&]*(?:&\w+=[^?&]*)*)$")
 
@@ -201,10 +201,4 @@ def _python_stdlib() -> FileCorpus:
 
 
 def _demo() -> FileCorpus:
-    path = importlib.resources.files("microtome") / "assets" / _DEMO_FILE
-    if not isinstance(path, Path) or not path.is_file():
-        raise InputError(
-            f"This copy of Microtome comes without the demo corpus ({_DEMO_FILE})",
-            fix=f"Install Microtome as a package, or use {STDLIB} or files of your own",
-        )
-    return FileCorpus(DEMO, ((_DEMO_FILE, path),), "text")
+    return FileCorpus(DEMO, ((_DEMO_FILE, shipped(f"{DEMO}/corpus/{_DEMO_FILE}")),), "text")

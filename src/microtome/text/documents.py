@@ -169,9 +169,16 @@ def _read_jsonl(stream: io.BufferedReader, name: str, column: str | None) -> Ite
     for at, line in enumerate(_lines(stream, name), start=1):
         if line.strip():
             where = f"line {at} of {name}"
-            column, text = _json_text(_parse_json(line, where), column, where)
-            yield Document(text, f"{name}#{number}")
+            row = _parse_json(line, where)
+            column, text = _json_text(row, column, where)
+            yield Document(text, _own_source(row) or f"{name}#{number}")
             number += 1
+
+
+def _own_source(row: object) -> str | None:
+    """What a record says of its own source; the corpora that Microtome writes do."""
+    source = row.get("source") if isinstance(row, dict) else None
+    return source if isinstance(source, str) and source else None
 
 
 def _read_json(stream: io.BufferedReader, name: str, column: str | None) -> Iterator[Document]:

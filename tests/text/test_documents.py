@@ -17,7 +17,7 @@ TEXTS = ['First text,\nwith two lines and a "quote".\n', "", "Zweiter: ä, ö, �
 
 
 def _write_jsonl(path: Path) -> None:
-    path.write_text("\n".join(json.dumps({"text": t, "source": "x"}) for t in TEXTS) + "\n\n", encoding="utf-8")
+    path.write_text("\n".join(json.dumps({"text": t, "kind": "x"}) for t in TEXTS) + "\n\n", encoding="utf-8")
 
 
 def _write_csv(path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from microtome.activations import ActivationStore, HarvestConfig, harvest
 from microtome.common.artifacts import read_json, write_json
+from microtome.common.device import DTypeName
 from microtome.common.errors import ArtifactError, ConfigError, InputError, ModelError
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
@@ -49,7 +50,7 @@ def test_half_precision_stores_round_the_same_values(
     tiny_dataset: TokenDataset,
     tmp_path: Path,
     store: ActivationStore,
-    dtype: str,
+    dtype: DTypeName,
     bits: torch.dtype,
 ) -> None:
     config = dataclasses.replace(CONFIG, dtype=dtype)

@@ -78,7 +78,8 @@ def test_function_figures(tiny_llama: HookedModel, tiny_dataset: TokenDataset, t
         for layer in list(tiny_llama.hf.get_submodule("model.layers").children())[1:]:
             activation = layer(activation, position_embeddings=rotary, attention_mask=None)
         normed = tiny_llama.hf.get_submodule("model.norm")(activation)
-        return (normed @ tiny_llama.W_U).double().log_softmax(-1)[:, :-1][text[:, 1:]]
+        log_p: Tensor = (normed @ tiny_llama.W_U).double().log_softmax(-1)
+        return log_p[:, :-1][text[:, 1:]]
 
     target = tokens[:, 1:][text[:, 1:]][:, None]
     replaced = {"clean": x, "spliced": x.clone(), "zero": x.clone()}

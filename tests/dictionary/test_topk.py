@@ -56,14 +56,14 @@ def test_a_step_leaves_the_gradients_that_autograd_finds(
 ) -> None:
     dead = None if n_dead is None else torch.arange(F) < n_dead
     loss, f = dense_loss(sae, x, 3.0, dead)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     expected = {name: p.grad for name, p in sae.named_parameters()}
     sae.zero_grad()
     report = sae.training_step(x, CONFIG, variance=3.0, dead=dead, select_dtype=torch.float32)
     torch.testing.assert_close(report.loss, loss.detach())
     assert torch.equal(report.fired, (f > 0).any(0))
     for name, p in sae.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name], msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(p.grad, expected[name])
 
 
 def test_selection_in_bf16_keeps_exact_values(sae: TopKSAE, x: Float[Tensor, "n d"]) -> None:

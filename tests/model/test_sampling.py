@@ -30,9 +30,8 @@ def test_greedy_sampling_is_the_librarys_greedy_generation(smol: HookedModel) ->
     ours = sample_continuations(smol, prompts, max_new_tokens=8, top_k=1)
     for prompt, row in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
-        theirs = smol.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[
-            0
-        ].tolist()
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+        theirs = smol.hf.generate(ids, **settings)[0].tolist()  # type: ignore[operator] # typed as a submodule may be
         assert row == [token for i, token in enumerate(theirs) if i < len(prompt) or token != 2]
 
 

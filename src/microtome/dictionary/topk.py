@@ -186,7 +186,7 @@ class TopKSAE(nn.Module):
         gradient_scale: Float[Tensor, ""],
     ) -> Float[Tensor, ""]:
         """The same with dense products over the dead latents alone: quicker while most of them are kept on each row."""
-        encoder, W_dec = self.encoder[candidates], self.W_dec[candidates]  # noqa: N806
+        encoder, W_dec = self.encoder[candidates], self.W_dec[candidates]
         codes = functional.linear(centred, encoder, self.b_enc[candidates]).relu()
         codes *= torch.zeros_like(codes).scatter_(1, kept, 1.0)
         difference = codes @ W_dec - error

@@ -89,7 +89,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         hf = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         # The weights are dequantised: what is written is an ordinary model, and the library has to be told so.
-        hf.hf_quantizer = None
+        setattr(hf, "hf_quantizer", None)  # noqa: B010 - typed as a submodule may be
         if hasattr(hf.config, "quantization_config"):
             del hf.config.quantization_config
         hf.save_pretrained(folder)

@@ -58,6 +58,8 @@ def load_model(
     finally:
         if hf_progress:
             hf_logging.enable_progress_bar()
+    if tokenizer is not None:
+        tokenizer.name_or_path = text  # not this machine's cache folder: the name goes into artifacts
     return HookedModel(
         hf.to(parse_device(device)),  # type: ignore[arg-type]  # the library wraps `to` without its types
         tokenizer,

@@ -14,7 +14,7 @@ microtome harvest --corpus runs/prose,demo --tokens runs/full/tokens --part 0:0.
     --hooks blocks.15.hook_resid_pre --out runs/full/activations
 
 # 4. The dictionary, and what it is worth on the text it has not seen.
-microtome train --store runs/full/activations --d-sae 4608 --k 32 --train-tokens 16000000 --lr 2e-3 \
+microtome train --store runs/full/activations --d-sae 4608 --k 32 --train-tokens 12000000 --lr 2e-3 \
     --warmup-steps 500 --decay-fraction 0.5 --out runs/full/dictionary
 microtome evaluate runs/full/dictionary --tokens runs/full/tokens --part 0.99:1
 

@@ -26,7 +26,9 @@ def sae() -> TopKSAE:
 
 @pytest.fixture
 def x() -> Float[Tensor, "n d"]:
-    return torch.randn(N, D, generator=torch.Generator().manual_seed(1))
+    rows = torch.randn(N, D, generator=torch.Generator().manual_seed(1))
+    rows[5] *= 200  # as an attention sink is
+    return rows
 
 
 def dense_loss(
@@ -41,12 +43,15 @@ def dense_loss(
 
     f = keep(pre, sae.k)
     reconstruction = f @ sae.W_dec + sae.b_dec
-    loss = (x - reconstruction).square().sum() / (len(x) * variance)
+    cap = CONFIG.outlier_cap**2 * variance
+    w = (cap / (x - sae.b_dec).detach().square().sum(1, keepdim=True)).clamp(max=1.0)
+    loss = (w * (x - reconstruction).square()).sum() / (len(x) * variance)
     if dead is not None:
         error = (x - reconstruction).detach()
         a = keep(pre.masked_fill(~dead, -torch.inf), min(CONFIG.aux_k or D // 2, int(dead.sum())))
-        missed = (error - a @ sae.W_dec).square().sum()
-        loss = loss + CONFIG.aux_coefficient * missed / (error - error.mean(0)).square().sum()
+        missed = (w * (error - a @ sae.W_dec).square()).sum()
+        mean = (w * error).sum(0) / w.sum()
+        loss = loss + CONFIG.aux_coefficient * missed / (w * (error - mean).square()).sum()
     return loss, f
 
 
@@ -55,11 +60,11 @@ def test_a_step_leaves_the_gradients_that_autograd_finds(
     sae: TopKSAE, x: Float[Tensor, "n d"], n_dead: int | None
 ) -> None:
     dead = None if n_dead is None else torch.arange(F) < n_dead
-    loss, f = dense_loss(sae, x, 3.0, dead)
+    loss, f = dense_loss(sae, x, 20.0, dead)
     loss.backward()
     expected = {name: p.grad for name, p in sae.named_parameters()}
     sae.zero_grad()
-    report = sae.training_step(x, CONFIG, variance=3.0, dead=dead, select_dtype=torch.float32)
+    report = sae.training_step(x, CONFIG, variance=20.0, dead=dead, select_dtype=torch.float32)
     torch.testing.assert_close(report.loss, loss.detach())
     assert torch.equal(report.fired, (f > 0).any(0))
     for name, p in sae.named_parameters():

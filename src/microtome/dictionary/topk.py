@@ -38,12 +38,14 @@ class TopKConfig:
     aux_k: int | None = None
     aux_coefficient: float = 1 / 32
     dead_after: int = 1_000_000
+    outlier_cap: float = 3.0
 
     def __post_init__(self) -> None:
         require(self.d_sae > 0, "d_sae must be positive", got=self.d_sae)
         require(0 < self.k <= self.d_sae, "k must be between 1 and d_sae", got=f"k {self.k}, d_sae {self.d_sae}")
         require(self.aux_k is None or 0 < self.aux_k <= self.d_sae, "aux_k must be between 1 and d_sae", got=self.aux_k)
         require(self.aux_coefficient >= 0, "aux_coefficient must not be negative", got=self.aux_coefficient)
+        require(self.outlier_cap > 0, "outlier_cap must be positive", got=self.outlier_cap)
         require(self.dead_after > 0, "dead_after must be positive", got=self.dead_after)
 
 
@@ -140,14 +142,16 @@ class TopKSAE(nn.Module):
         reconstruction = decode(indices, values, self.W_dec) + self.b_dec
         residual = reconstruction - x
         per_unit = 1.0 / (len(x) * variance)
-        fvu = residual.square().sum() * per_unit
+        limit = config.outlier_cap**2 * variance
+        weights = (limit / centred.square().sum(1, keepdim=True)).clamp_max(1.0)
+        fvu = (weights * residual.square()).sum() * per_unit
 
-        grad_out = residual * (2 * per_unit)
+        grad_out = residual * weights * (2 * per_unit)
         self._backward(indices, values, centred, grad_out, first=True)
         self.b_dec.grad = _plus(self.b_dec.grad, grad_out.sum(0))
         aux = x.new_zeros(())
         if dead is not None and config.aux_coefficient > 0:
-            aux = config.aux_coefficient * self._aux_step(-residual, pre, centred, dead, config)
+            aux = config.aux_coefficient * self._aux_step(-residual, weights, pre, centred, dead, config)
         fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device)
         fired[indices[values > 0]] = True
         return StepReport(fvu + aux, fvu, aux, fired)
@@ -158,6 +162,7 @@ class TopKSAE(nn.Module):
     def _aux_step(
         self,
         error: Float[Tensor, "n d_in"],
+        weights: Float[Tensor, "n 1"],
         pre: Float[Tensor, "n d_sae"],
         centred: Float[Tensor, "n d_in"],
         dead: Bool[Tensor, " d_sae"],
@@ -167,15 +172,17 @@ class TopKSAE(nn.Module):
         candidates = dead.nonzero().squeeze(1)
         k = min(config.aux_k or self.d_in // 2, len(candidates))
         kept = top_k(pre[:, candidates], k)
-        scale = 1.0 / (error - error.mean(0)).square().sum().clamp_min(1e-12)
-        gradient_scale = 2 * config.aux_coefficient * scale
+        mean_error = (weights * error).sum(0) / weights.sum()
+        scale = 1.0 / (weights * (error - mean_error).square()).sum().clamp_min(1e-12)
+        row_scale = weights * (2 * config.aux_coefficient * scale)
         if len(candidates) <= _DENSE_CANDIDATES * k:
-            return self._aux_dense(error, centred, candidates, kept, gradient_scale) * scale
+            difference = self._aux_dense(error, centred, candidates, kept, row_scale)
+            return (weights * difference.square()).sum() * scale
         indices = candidates[kept]
         values = self._exact(indices, centred)
         difference = decode(indices, values, self.W_dec) - error
-        self._backward(indices, values, centred, difference * gradient_scale, first=False)
-        return difference.square().sum() * scale
+        self._backward(indices, values, centred, difference * row_scale, first=False)
+        return (weights * difference.square()).sum() * scale
 
     def _aux_dense(
         self,
@@ -183,14 +190,14 @@ class TopKSAE(nn.Module):
         centred: Float[Tensor, "n d_in"],
         candidates: Int[Tensor, " c"],
         kept: Int[Tensor, "n k"],
-        gradient_scale: Float[Tensor, ""],
-    ) -> Float[Tensor, ""]:
-        """The same with dense products over the dead latents alone: quicker while most of them are kept on each row."""
+        row_scale: Float[Tensor, "n 1"],
+    ) -> Float[Tensor, "n d_in"]:
+        """ê − e and its gradients, by dense products over the dead latents: quicker while most are kept on each row."""
         encoder, W_dec = self.encoder[candidates], self.W_dec[candidates]
         codes = functional.linear(centred, encoder, self.b_enc[candidates]).relu()
         codes *= torch.zeros_like(codes).scatter_(1, kept, 1.0)
         difference = codes @ W_dec - error
-        grad_out = difference * gradient_scale
+        grad_out = difference * row_scale
         grad_codes = (grad_out @ W_dec.T) * (codes > 0)
         grad_b_enc = grad_codes.sum(0)
         for name, gradient in (
@@ -202,7 +209,7 @@ class TopKSAE(nn.Module):
             assert grad is not None
             grad.index_add_(0, candidates, gradient)
         self.b_dec.grad = _plus(self.b_dec.grad, -(grad_b_enc @ encoder))
-        return difference.square().sum()
+        return difference
 
     def _backward(
         self,

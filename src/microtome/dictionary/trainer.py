@@ -179,7 +179,7 @@ class Trainer:
             raise InputError("The activations hold NaN or infinity", fix="Harvest them in bf16 or fp32")
         norm = float(rows.norm(dim=1).mean())
         center = geometric_median(rows)
-        spread = float((rows - rows.mean(0)).square().sum(1).mean())
+        spread = float((rows - center).square().sum(1).median())
         if spread == 0.0:
             raise InputError("The activations are all equal: there is nothing to learn", got=f"{len(rows)} equal rows")
         self.scale = self.source.d**0.5 / norm

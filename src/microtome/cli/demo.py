@@ -25,9 +25,9 @@ class Options(CommandOptions):
     """Make everything anew: harvest, train, evaluate and index, in about ten minutes on two cores. Resumes."""
     out: Path = Path("runs/demo")
     """Where --from-scratch puts its work."""
-    harvest_tokens: int = 900_000
+    harvest_tokens: int = 800_000
     """Tokens that --from-scratch harvests."""
-    train_tokens: int = 9_000_000
+    train_tokens: int = 6_000_000
     """Activations that --from-scratch trains on."""
     no_serve: bool = False
     """Do all the work, run one prompt as a check, print what came of it, and exit."""
@@ -76,7 +76,7 @@ def from_scratch(options: Options) -> dict[str, Any]:
         store = _harvest(model, dataset.slice(0, border), options.out / "activations")
         assert isinstance(store, ActivationStore)
         if not (options.out / "dictionary").exists():
-            config = TrainConfig(n_tokens=options.train_tokens, lr=1e-3, warmup_steps=200, decay_fraction=0.5)
+            config = TrainConfig(n_tokens=options.train_tokens, lr=2e-3, warmup_steps=200, decay_fraction=0.5)
             train(
                 TopKConfig(d_sae=4608, k=32, dead_after=200_000), store, out=options.out / "dictionary", config=config
             )

@@ -9,6 +9,8 @@ product over all latents is dense. Everything else works on the n·k kept entrie
 - `CodeTranspose`     fᵀ g                             the gradients of both weights, [F, d]
 """
 
+import functools
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -71,10 +73,7 @@ class CodeTranspose:
 
     def times(self, values: Float[Tensor, "n k"], g: Float[Tensor, "n d"]) -> Float[Tensor, "d_sae d"]:
         """fᵀ g for the codes with these values."""
-        f_t = torch.sparse_csr_tensor(
-            self.starts, self.rows, values.reshape(-1)[self.order], (self.d_sae, self.n), check_invariants=False
-        )
-        return f_t @ g
+        return _csr_tensor(self.starts, self.rows, values.reshape(-1)[self.order], (self.d_sae, self.n)) @ g
 
 
 def latent_sums(indices: Int[Tensor, "n k"], values: Float[Tensor, "n k"], d_sae: int) -> Float[Tensor, " d_sae"]:
@@ -85,4 +84,23 @@ def latent_sums(indices: Int[Tensor, "n k"], values: Float[Tensor, "n k"], d_sae
 def _csr(indices: Int[Tensor, "n k"], values: Float[Tensor, " nk"], d_sae: int) -> Tensor:
     n, k = indices.shape
     starts = torch.arange(0, n * k + 1, k, dtype=torch.int32, device=indices.device)
-    return torch.sparse_csr_tensor(starts, indices.reshape(-1).int(), values, (n, d_sae), check_invariants=False)
+    return _csr_tensor(starts, indices.reshape(-1).int(), values, (n, d_sae))
+
+
+def _csr_tensor(
+    starts: Int[Tensor, " rows+1"], columns: Int[Tensor, " nk"], values: Float[Tensor, " nk"], shape: tuple[int, int]
+) -> Tensor:
+    """A CSR matrix of indices that are right by construction."""
+    _take_the_notice()
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+@functools.cache
+def _take_the_notice() -> None:
+    """torch says once in a process that CSR tensors are in beta; users of a dictionary need not hear it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        empty = torch.zeros(0, dtype=torch.int32)
+        torch.sparse_csr_tensor(
+            torch.zeros(2, dtype=torch.int32), empty, torch.zeros(0), (1, 1), check_invariants=False
+        )

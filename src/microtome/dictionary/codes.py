@@ -88,7 +88,7 @@ def _csr(indices: Int[Tensor, "n k"], values: Float[Tensor, " nk"], d_sae: int) 
 
 
 def _csr_tensor(
-    starts: Int[Tensor, " rows+1"], columns: Int[Tensor, " nk"], values: Float[Tensor, " nk"], shape: tuple[int, int]
+    starts: Int[Tensor, " starts"], columns: Int[Tensor, " nk"], values: Float[Tensor, " nk"], shape: tuple[int, int]
 ) -> Tensor:
     """A CSR matrix of indices that are right by construction."""
     _take_the_notice()

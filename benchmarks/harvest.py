@@ -25,7 +25,7 @@ from microtome.activations import HarvestConfig, harvest
 from microtome.activations.source import text_mask
 from microtome.common.config import require, to_dict
 from microtome.common.device import fast_dtype, parse_device
-from microtome.common.errors import ArtifactError
+from microtome.common.errors import MicrotomeError
 from microtome.common.progress import progress
 from microtome.dictionary import Dictionary, load_dictionary
 from microtome.dictionary.evaluate import check_fit
@@ -179,20 +179,21 @@ def _with_disk(model: HookedModel, part: TokenDataset, config: Config, folder: P
 
 
 def _dictionary(model: HookedModel, config: Config, notes: list[str]) -> Dictionary | None:
+    """The dictionary to compare features with. The default one may be missing or of another model: then a note says so."""
     try:
         sae = load_dictionary(config.dictionary)
-    except ArtifactError as error:
+        check_fit(model, sae)
+        require(
+            sae.hook_name == config.hook_name,
+            "The dictionary was trained at another hook point",
+            got=sae.hook_name,
+            expected=config.hook_name,
+        )
+    except MicrotomeError as error:
         if config.dictionary != Config.dictionary:
             raise
         notes.append(f"Features are not compared: {error}")
         return None
-    check_fit(model, sae)
-    require(
-        sae.hook_name == config.hook_name,
-        "The dictionary was trained at another hook point",
-        got=sae.hook_name,
-        expected=config.hook_name,
-    )
     return sae
 
 

@@ -14,7 +14,7 @@ COMMON = ["json"]
 MODEL = ["model", "dtype", "device"]
 TEXT = [*MODEL, "corpus", "tokens", "context", "max_tokens", "part"]
 SURFACE = {
-    "demo": ["from_scratch", "out", "harvest_tokens", "train_tokens", "no_serve", "port", "open"],
+    "demo": ["from_scratch", "out", "part", "train_tokens", "no_serve", "port", "open"],
     "doctor": ["offline", "timeout"],
     "models": [],
     "generate": [

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from microtome.model import HookedModel, load_model
-from microtome.model.specs import spec_for
+from microtome.model.families import family_of
 from microtome.text import TokenDataset, TokenizeConfig, tokenize_corpus
 from microtome.text.corpora import MemoryCorpus
 
@@ -74,7 +74,9 @@ def tiny(tiny_tokenizer: PreTrainedTokenizerFast) -> MakeTiny:
                     vocab_size=TINY_VOCABULARY, n_positions=64, n_embd=32, n_layer=3, n_head=4, initializer_range=0.3
                 )
             )
-        return HookedModel(hf, tiny_tokenizer, name=f"tiny-{family}", spec=spec_for(hf.config))
+        spec = family_of(hf.config)
+        assert spec is not None
+        return HookedModel(hf, tiny_tokenizer, name=f"tiny-{family}", spec=spec)
 
     return make
 

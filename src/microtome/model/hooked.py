@@ -1,36 +1,48 @@
 """`HookedModel`: an untouched Hugging Face causal language model whose hook points can be read and edited by name.
 
-Every run is the module's own forward pass. Reading and editing are taps (`taps.py`) at the sites of the family's spec
-(`specs.py`); a run that needs no logits stops at the deepest point asked for.
+Every run is the module's own forward pass. Reading and editing are taps (`taps.py`) at the stations that the family's
+spec gives the model (`anatomy.py`); a run that needs no logits stops at the deepest point asked for.
 """
 
-import fnmatch
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from microtome.common.errors import InputError, ModelError, unknown_name
+from microtome.common.errors import ModelError, unknown_name
+from microtome.model import prompts
+from microtome.model.anatomy import anatomy
 from microtome.model.cache import ActivationCache
-from microtome.model.names import AFTER_BLOCKS, BEFORE_BLOCKS, HookName
-from microtome.model.specs import FamilySpec, ModelConfig, Site
-from microtome.model.taps import StopForward, Tap, run_until, tapped
-from microtome.text import bos
+from microtome.model.capture import Capture, in_graph
+from microtome.model.names import HookName, canonical, matches
+from microtome.model.prompts import Prompts, Side
+from microtome.model.specs import FamilySpec, Gated, ModelConfig
+from microtome.model.switchboard import Switchboard
+from microtome.model.taps import Run, StopForward, Tap
 
 Names = str | HookName | Sequence[str | HookName] | Callable[[str], bool]
 Tokens = Int[Tensor, "batch pos"]
+Input = str | Sequence[str] | Tensor | Prompts
 Logits = Float[Tensor, "batch pos d_vocab"]
+Positions = slice | Sequence[int] | None
 
 
 class HookPoint:
     """What a hook function gets beside the activation: where it is. As in TransformerLens: `hook.name`,
-    `hook.layer()`."""
+    `hook.layer()`. `hook.offset` is the place in the sequence of the activation's first position."""
 
-    def __init__(self, name: HookName) -> None:
-        self.hook_name, self.name = name, str(name)
+    def __init__(self, name: HookName, run: Run) -> None:
+        self.hook_name, self.name, self._run = name, str(name), run
+
+    @property
+    def offset(self) -> int:
+        return 0 if self.hook_name.point == "attn.hook_rot_k" else self._run.offset
 
     def layer(self) -> int:
         if self.hook_name.layer is None:
@@ -63,7 +75,10 @@ class HookedModel:
     ) -> None:
         self.hf, self.tokenizer, self.name, self.spec, self.revision = hf, tokenizer, name, spec, revision
         self.config: ModelConfig = spec.model_config(hf.config)
-        self._sites = _all_sites(spec, self.config)
+        self._stations = anatomy(spec, self.config)
+        self._by_text = {str(name): name for name in self._stations}
+        self._run = Run(dtype=hf.dtype)
+        self._switchboard = Switchboard(hf, self._stations, self._run)
         hf.eval().requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -83,16 +98,16 @@ class HookedModel:
     @property
     def hook_points(self) -> list[str]:
         """The names of all hook points of this model, in the order of the forward pass."""
-        return [str(name) for name in self._sites]
+        return list(self._by_text)
 
     def resolve(self, names: Names) -> list[HookName]:
-        """Hook names from an exact name, a glob (`"blocks.*.hook_resid_pre"`), a predicate, or a list of names and
-        globs.
+        """Hook names from an exact name, an alias, a glob (`"blocks.*.hook_resid_pre"`), a predicate, or a list of
+        names and globs.
 
         Sorted by depth, each once. Raises ModelError for one that this model does not have, listing the nearest.
         """
         if callable(names):
-            return [name for name in self._sites if names(str(name))]
+            return [name for text, name in self._by_text.items() if names(text)]
         wanted = [names] if isinstance(names, str | HookName) else names
         found: set[HookName] = set()
         for name in wanted:
@@ -101,21 +116,18 @@ class HookedModel:
 
     def _matches(self, text: str) -> list[HookName]:
         if any(c in text for c in "*?["):
-            matched = [name for name in self._sites if fnmatch.fnmatchcase(str(name), text)]
+            matched = [name for name in self._stations if matches(text, name)]
             if not matched:
                 raise ModelError(f"No hook point of {self.name} matches {text!r}", fix="model.hook_points lists them")
             return matched
-        for name in self._sites:
-            if str(name) == text:
-                return [name]
-        if (
-            text.startswith("blocks.")
-            and text.split(".")[1].isdigit()
-            and int(text.split(".")[1]) >= self.config.n_layers
-        ):
+        name = self._by_text.get(canonical(text, gated=isinstance(self.spec.mlp, Gated)))
+        if name is not None:
+            return [name]
+        layer = text.split(".")[1] if text.startswith("blocks.") and text.count(".") > 1 else ""
+        if layer.isdigit() and int(layer) >= self.config.n_layers:
             raise ModelError(
                 f"There is no hook point {text!r}",
-                got=f"layer {text.split('.')[1]}",
+                got=f"layer {layer}",
                 expected=f"a layer from 0 to {self.config.n_layers - 1} of {self.name}",
             )
         raise unknown_name(f"hook point of {self.name}", text, self.hook_points, ModelError)
@@ -128,13 +140,15 @@ class HookedModel:
         Texts of unequal length are padded on the right, which cannot change what comes before under causal attention.
         Raises InputError for an empty text.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        tokenizer = self._need_tokenizer()
-        if not texts or not all(texts):
-            raise InputError("There is nothing to run: a text is empty", got=texts)
-        rows = bos.encode(tokenizer, texts, bos=bos.AUTO if prepend_bos else bos.NONE)
-        ids, _ = bos.pad(rows, bos.pad_id(tokenizer))
-        return torch.from_numpy(ids).to(self.device)
+        return self.prompts(text, prepend_bos=prepend_bos).tokens
+
+    def prompts(self, text: str | Sequence[str], *, prepend_bos: bool = True, side: Side = "right") -> Prompts:
+        """Texts as token ids with a mask of what is padding, on the `side` asked for. Runs take it in place of
+        tokens."""
+        texts = [text] if isinstance(text, str) else text
+        encoded = prompts.encode(self._need_tokenizer(), texts, prepend_bos=prepend_bos, side=side)
+        mask = None if encoded.mask is None else encoded.mask.to(self.device)
+        return Prompts(encoded.tokens.to(self.device), mask)
 
     def to_string(self, tokens: Int[Tensor, "*batch pos"]) -> str | list[str]:
         """The text of one sequence `[pos]`, or the texts of several `[batch, pos]`."""
@@ -154,165 +168,165 @@ class HookedModel:
             raise ModelError(f"{self.name} came without a tokenizer", fix="Pass token ids [batch, pos] instead of text")
         return self.tokenizer
 
-    def _check(self, tokens: str | Sequence[str] | Tensor) -> Tensor:
-        if not isinstance(tokens, Tensor):
-            return self._check(self.to_tokens(tokens))
-        tokens = tokens[None] if tokens.ndim == 1 else tokens
-        if tokens.ndim != 2 or tokens.is_floating_point() or 0 in tokens.shape:
-            raise InputError("Tokens must be integers [batch, pos]", got=f"{tokens.dtype} {list(tokens.shape)}")
-        if tokens.shape[1] > self.config.n_ctx:
-            raise InputError(
-                "The context is longer than the model's",
-                got=f"{tokens.shape[1]} tokens",
-                expected=f"at most {self.config.n_ctx}",
-            )
-        low, high = tokens.aminmax()
-        if low < 0 or high >= self.config.d_vocab:
-            raise InputError(
-                f"Tokens outside the vocabulary of {self.name}",
-                got=f"ids from {int(low)} to {int(high)}",
-                expected=f"0 to {self.config.d_vocab - 1}",
-            )
-        return tokens.to(self.device)
+    def _inputs(self, tokens: Input) -> dict[str, Any]:
+        """What the module is called with: checked ids, and for padded rows the mask and each token's own position."""
+        if isinstance(tokens, Prompts):
+            batch = tokens
+        elif isinstance(tokens, Tensor):
+            batch = Prompts(tokens)
+        else:
+            batch = self.prompts(tokens)
+        ids = prompts.checked(batch.tokens, self.config, self.name).to(self.device)
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if batch.mask is not None and batch.positions is not None:
+            inputs["attention_mask"] = batch.mask.long().to(self.device)
+            if self._takes_positions:
+                inputs["position_ids"] = batch.positions.to(self.device)
+        return inputs
+
+    @cached_property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(type(self.hf).forward).parameters
 
     # ---- runs -------------------------------------------------------------------------------------------------------
 
-    def __call__(self, tokens: str | Sequence[str] | Tensor) -> Logits:
+    def __call__(self, tokens: Input) -> Logits:
         """Logits `[batch, pos, d_vocab]`, bit-identical to the Hugging Face module's."""
-        logits: Tensor = self.hf(input_ids=self._check(tokens), use_cache=False).logits
+        logits: Tensor = self.hf(**self._inputs(tokens)).logits
         return logits
 
     def run_with_cache(
         self,
-        tokens: str | Sequence[str] | Tensor,
+        tokens: Input,
         names: Names = "*",
         *,
-        positions: slice | Sequence[int] | None = None,
+        positions: Positions = None,
+        heads: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> tuple[Logits, ActivationCache]:
-        """Logits, and the activations at the points `names` (all, unless said otherwise).
+        """Logits, and the activations at the points `names` (all but the costly ones, unless said otherwise).
 
-        `positions` keeps only some positions, `dtype` and `device` convert each activation inside the hook. Raises
+        `positions` and `heads` keep only some, `dtype` and `device` convert each activation inside the hook. Raises
         ModelError for a name that is not there or does not fire.
         """
-        kept, taps = self._capture(names, positions, dtype, device)
-        with tapped(self.hf, self.config, self._sites, taps):
+        capture = Capture(self._wanted(names), positions, heads, dtype, device)
+        with self._switchboard.connected(capture.taps()):
             logits = self(tokens)
-        return logits, self._cache(kept, taps)
+        return logits, ActivationCache(capture.result())
 
     def activations(
         self,
-        tokens: str | Sequence[str] | Tensor,
+        tokens: Input,
         names: Names,
         *,
-        positions: slice | Sequence[int] | None = None,
+        positions: Positions = None,
+        heads: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> ActivationCache:
         """Like `run_with_cache` without the logits: the forward pass stops at the deepest point asked for."""
-        checked = self._check(tokens)
-        kept, taps = self._capture(names, positions, dtype, device, stop=True)
-        with tapped(self.hf, self.config, self._sites, taps):
-            run_until(lambda: self.hf(input_ids=checked, use_cache=False))
-        return self._cache(kept, taps)
+        inputs = self._inputs(tokens)
+        capture = Capture(self._wanted(names), positions, heads, dtype, device, stop=True)
+        with self._switchboard.connected(capture.taps()):
+            try:
+                self.hf(**inputs)
+            except StopForward:
+                pass
+        return ActivationCache(capture.result())
 
-    def run_with_hooks(self, tokens: str | Sequence[str] | Tensor, hooks: Hooks) -> Logits:
+    def gradients(
+        self, tokens: Input, names: Names, metric: Callable[[Logits], Float[Tensor, ""]]
+    ) -> tuple[Float[Tensor, ""], ActivationCache, ActivationCache]:
+        """The metric of the logits, the activations at `names`, and the metric's gradient at each of them.
+
+        Zeros where the metric does not depend on a point. Raises ModelError for a metric that is no single number, or
+        that depends on none of the points.
+        """
+        capture = Capture(self._wanted(names), gradients=True)
+        with torch.enable_grad(), self._switchboard.connected(capture.taps()):
+            value = metric(self(tokens))
+        kept = capture.result()
+        if value.numel() != 1 or not value.requires_grad:
+            raise ModelError(
+                "The metric must be one number made from the logits",
+                got=f"shape {list(value.shape)}, {'with' if value.requires_grad else 'without'} gradient",
+            )
+        found = torch.autograd.grad(value.sum(), list(kept.values()), allow_unused=True)
+        gradients = {
+            name: torch.zeros_like(kept[name]) if g is None else g for name, g in zip(kept, found, strict=True)
+        }
+        activations = {name: activation.detach() for name, activation in kept.items()}
+        return value.detach(), ActivationCache(activations), ActivationCache(gradients)
+
+    def run_with_hooks(self, tokens: Input, hooks: Hooks = (), *, backward: Hooks = ()) -> Logits:
         """Logits of a run in which each function `fn(act, hook)` sees, and may replace, the activation at its points.
 
-        Raises ModelError for a name that is not there, or a hook that never fired.
+        `backward` functions `fn(gradient, hook)` are called when `.backward()` reaches the point. Raises ModelError for
+        a name that is not there, or a hook that never fired.
         """
-        with self.hooks(hooks):
+        with self.hooks(hooks, backward=backward):
             return self(tokens)
 
     @contextmanager
-    def hooks(self, hooks: Hooks) -> Iterator[None]:
+    def hooks(self, hooks: Hooks = (), *, backward: Hooks = ()) -> Iterator[None]:
         """Within the block, every run of the model has these hooks. A hook that never fires in it is a ModelError."""
         fired: set[HookName] = set()
-        taps: list[Tap] = []
-        for names, fn in hooks:
-            taps += [(name, _user_tap(name, fn, fired)) for name in self.resolve(names)]
-        with tapped(self.hf, self.config, self._sites, taps):
+        taps = [self._forward_tap(name, fn, fired) for names, fn in hooks for name in self.resolve(names)]
+        taps += [self._backward_tap(name, fn, fired) for names, fn in backward for name in self.resolve(names)]
+        with self._switchboard.connected(taps):
             yield
-        self._all_fired(fired, taps)
+        silent = [str(tap.name) for tap in taps if tap.name not in fired]
+        if silent:
+            raise ModelError("A hook point was set and never reached in the run", got=", ".join(silent))
 
-    def _capture(
-        self,
-        names: Names,
-        positions: slice | Sequence[int] | None,
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
-        *,
-        stop: bool = False,
-    ) -> tuple[dict[HookName, Tensor], list[Tap]]:
+    def _forward_tap(self, name: HookName, fn: HookFn, fired: set[HookName]) -> Tap:
+        point = HookPoint(name, self._run)
+
+        def tap(activation: Tensor) -> Tensor | None:
+            fired.add(name)
+            return fn(activation, point)
+
+        return Tap(name, tap)
+
+    def _backward_tap(self, name: HookName, fn: HookFn, fired: set[HookName]) -> Tap:
+        point = HookPoint(name, self._run)
+
+        def tap(activation: Tensor) -> Tensor:
+            fired.add(name)
+            if not torch.is_grad_enabled():
+                raise ModelError(f"A backward hook at {name} needs gradients", fix="Do not run under torch.no_grad()")
+            activation = in_graph(activation, name)
+            activation.register_hook(lambda gradient: fn(gradient, point))
+            return activation
+
+        return Tap(name, tap, through=True)
+
+    def _wanted(self, names: Names) -> list[HookName]:
         wanted = self.resolve(names)
         if not wanted:
             raise ModelError(
                 "No hook point was asked for", expected="at least one name", fix="model.hook_points lists them"
             )
-        kept: dict[HookName, Tensor] = {}
-
-        def tap(name: HookName) -> Callable[[Tensor], None]:
-            def keep(activation: Tensor) -> None:
-                index = positions if positions is None or isinstance(positions, slice) else list(positions)
-                seen = activation if index is None else activation[:, index]
-                # An in-place site may still be edited by a later hook of this run: keep what was there.
-                seen = seen.clone() if self._sites[name].in_place else seen
-                kept[name] = seen.to(device=device, dtype=dtype)
-                if stop and len(kept) == len(wanted):
-                    raise StopForward
-
-            return keep
-
-        return kept, [(name, tap(name)) for name in wanted]
-
-    def _cache(self, kept: dict[HookName, Tensor], taps: Sequence[Tap]) -> ActivationCache:
-        self._all_fired(set(kept), taps)
-        return ActivationCache(kept)
-
-    def _all_fired(self, fired: set[HookName], taps: Sequence[Tap]) -> None:
-        silent = [str(name) for name, _ in taps if name not in fired]
-        if silent:
-            raise ModelError("A hook point was set and never reached in the run", got=", ".join(silent))
+        return wanted
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802 - the field's name
         """The token embedding, a view of the model's own weight."""
-        return self._weight(self.spec.embedding)
+        return self._weight(self.spec.embed)
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # noqa: N802 - the field's name
         """The unembedding, a view of the model's own weight."""
-        return self._weight(self.spec.unembedding).T
+        return self._weight(self.spec.unembed).T
 
     @property
     def ln_final_weight(self) -> Float[Tensor, " d_model"]:
         """The learned scale of the final norm."""
-        return self._weight(self.spec.final_norm)
+        assert self.spec.ln_final
+        return self._weight(self.spec.ln_final)
 
     def _weight(self, module: str) -> Tensor:
         return self.hf.get_submodule(module).get_parameter("weight")
-
-
-def _all_sites(spec: FamilySpec, config: ModelConfig) -> dict[HookName, Site]:
-    """The site of every hook point of a model, in the order of the forward pass."""
-    sites: dict[HookName, Site] = {}
-    for point, site in spec.sites.items():
-        if point in BEFORE_BLOCKS or point in AFTER_BLOCKS:
-            sites[HookName(point)] = site
-            continue
-        for i in range(config.n_layers):
-            sites[HookName(point, i)] = Site(site.module.format(i=i), site.side, site.in_place)
-    return dict(sorted(sites.items()))
-
-
-def _user_tap(name: HookName, fn: HookFn, fired: set[HookName]) -> Callable[[Tensor], Tensor | None]:
-    point = HookPoint(name)
-
-    def tap(activation: Tensor) -> Tensor | None:
-        fired.add(name)
-        return fn(activation, point)
-
-    return tap

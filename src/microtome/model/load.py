@@ -12,7 +12,7 @@ from microtome.common.device import parse_device, parse_dtype
 from microtome.common.errors import ModelError, nearest
 from microtome.model.builtin import BUILTIN, builtin_folder
 from microtome.model.hooked import HookedModel
-from microtome.model.specs import spec_for
+from microtome.model.families import family_of
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
@@ -50,7 +50,7 @@ def load_model(
     hf_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(**source)
-        spec = spec_for(config)
+        spec = family_of(config)
         hf = AutoModelForCausalLM.from_pretrained(**source, dtype=parse_dtype(dtype))
         tokenizer = _tokenizer(source)
     except (OSError, ValueError, ImportError) as error:

@@ -1,34 +1,23 @@
-"""One spec per model family: where, inside the untouched Hugging Face module, each hook point is.
+"""What a model family is, for Microtome: the paths of its parts inside the untouched Hugging Face module.
 
-A `Site` is the input or the output of a submodule. A family is a table of sites and the paths of its weights; nothing
-else in Microtome knows a family's module names.
+Nothing else knows a family's module names. `families.py` holds one `FamilySpec` for each; `stations.py` turns a spec
+and a model's sizes into its hook points.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-from transformers import PretrainedConfig
+from microtome.model.views import Columns, Grouped, View, Whole
 
-from microtome.common.errors import ModelError
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a hook point's tensor passes: `side` of the submodule `module` (`{i}` stands for the layer).
-
-    `in_place` marks an input that the residual stream shares: Hugging Face's block keeps the same tensor to add it back
-    later, so an edit has to be written into that tensor to reach both readers.
-    """
-
-    module: str
-    side: Literal["input", "output"]
-    in_place: bool = False
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The sizes of a model under the field's names. `n_ctx` is the longest sequence that it takes."""
+    """The sizes of a model under the field's names. `n_ctx` is the longest sequence that it takes; `n_experts` and
+    `top_k` are 0 where there are no experts."""
 
     family: str
     n_layers: int
@@ -39,92 +28,158 @@ class ModelConfig:
     d_mlp: int
     d_vocab: int
     n_ctx: int
+    n_experts: int = 0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separate:
+    """Query, key and value come from three linear maps; the paths are relative to the block."""
+
+    q: str
+    k: str
+    v: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """One linear map gives q, k and v: all queries, then keys, then values (`"blocks"`), or for each key/value head in
+    turn its queries, its key and its value (`"groups"`)."""
+
+    qkv: str
+    layout: Literal["blocks", "groups"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """An MLP: `up` writes the neurons, `down` reads them. `flat`: its tensors are `[batch · pos, …]`."""
+
+    up: str
+    down: str
+    flat: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated:
+    """A gated MLP: act(gate) · up. Where one map gives both, `gate` is its path and `up` is None."""
+
+    gate: str
+    up: str | None
+    down: str
+    flat: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of gated experts. The router gives (logits, weights, indices) of `[batch · pos, top_k]`; `experts` holds
+    all experts' weights as `gate_up_proj` `[expert, 2 · d_mlp, d_model]` and `down_proj` `[expert, d_model, d_mlp]`."""
+
+    module: str
+    router: str
+    experts: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilySpec:
-    """A family: its name, the `model_type`s of Hugging Face that belong to it, its sites and the paths of its
-    weights."""
+    """A family. The first group are paths in the whole module, the second paths in a block; None is a part that the
+    family has not.
+
+    `embed_out`: what widens the embedding, where it is narrower than the stream. `mid`: the module whose input is the
+    stream between attention and MLP, where that is not `ln2`. `parallel`: attention and MLP both read the block's input. `additive`: the block adds to the residual stream (not so
+    where norms come after the addition). `norm_offset`: what is added to a norm's weight (Gemma: 1). `adapt` makes the
+    spec of one model from its Hugging Face config, where that decides.
+    """
 
     name: str
     model_types: tuple[str, ...]
-    sites: Mapping[str, Site]
-    embedding: str
-    unembedding: str
-    final_norm: str
 
-    def model_config(self, hf: PretrainedConfig) -> ModelConfig:
+    blocks: str
+    embed: str
+    embed_out: str | None = None
+    pos_embed: str | None = None
+    ln_final: str | None
+    unembed: str = "lm_head"
+
+    attn: str
+    qkv: Separate | Fused
+    o: str
+    mlp: Dense | Gated | Experts
+    ln1: str | None
+    ln2: str | None
+    ln1_post: str | None = None
+    ln2_post: str | None = None
+    mid: str | None = None
+
+    rotary: bool = True
+    parallel: bool = False
+    additive: bool = True
+    mlp_out_overwritten: bool = False
+    norm_offset: float = 0.0
+    adapt: "Callable[[FamilySpec, PretrainedConfig], FamilySpec] | None" = None
+
+    def for_model(self, hf: "PretrainedConfig") -> "FamilySpec":
+        """The spec of one model of the family."""
+        return self.adapt(self, hf) if self.adapt else self
+
+    def variant(self, name: str, *model_types: str, **changes: object) -> "FamilySpec":
+        """A family that differs from this one in what is named."""
+        return replace(self, name=name, model_types=model_types or (name,), **changes)  # type: ignore[arg-type]
+
+    def model_config(self, hf: "PretrainedConfig") -> ModelConfig:
         """The sizes in a Hugging Face config (whose own `attribute_map` already evens out most names)."""
         heads = hf.num_attention_heads
-        d_head = getattr(hf, "head_dim", None) or hf.hidden_size // heads
-        d_mlp = getattr(hf, "intermediate_size", None) or getattr(hf, "n_inner", None) or 4 * hf.hidden_size
         return ModelConfig(
             family=self.name,
             n_layers=hf.num_hidden_layers,
             d_model=hf.hidden_size,
             n_heads=heads,
-            n_kv_heads=getattr(hf, "num_key_value_heads", None) or heads,
-            d_head=d_head,
-            d_mlp=d_mlp,
+            n_kv_heads=_n_kv_heads(hf),
+            d_head=getattr(hf, "head_dim", None) or hf.hidden_size // heads,
+            d_mlp=_first(hf, "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner") or 4 * hf.hidden_size,
             d_vocab=hf.vocab_size,
-            n_ctx=hf.max_position_embeddings,
+            n_ctx=_first(hf, "max_position_embeddings", "seq_length") or 2048,
+            n_experts=_first(hf, "num_local_experts") or 0,
+            top_k=(_first(hf, "num_experts_per_tok") or 0) if _first(hf, "num_local_experts") else 0,
         )
 
 
-LLAMA = FamilySpec(
-    name="llama",
-    model_types=("llama",),
-    sites={
-        "hook_embed": Site("model.embed_tokens", "output"),
-        "hook_resid_pre": Site("model.layers.{i}", "input"),
-        "attn.hook_z": Site("model.layers.{i}.self_attn.o_proj", "input"),
-        "hook_attn_out": Site("model.layers.{i}.self_attn", "output"),
-        "hook_resid_mid": Site("model.layers.{i}.post_attention_layernorm", "input", in_place=True),
-        "mlp.hook_pre": Site("model.layers.{i}.mlp.gate_proj", "output"),
-        "mlp.hook_pre_linear": Site("model.layers.{i}.mlp.up_proj", "output"),
-        "mlp.hook_post": Site("model.layers.{i}.mlp.down_proj", "input"),
-        "hook_mlp_out": Site("model.layers.{i}.mlp", "output"),
-        "hook_resid_post": Site("model.layers.{i}", "output"),
-        "unembed.hook_in": Site("lm_head", "input"),
-        "unembed.hook_out": Site("lm_head", "output"),
-    },
-    embedding="model.embed_tokens",
-    unembedding="lm_head",
-    final_norm="model.norm",
-)
-
-GPT2 = FamilySpec(
-    name="gpt2",
-    model_types=("gpt2",),
-    sites={
-        "hook_embed": Site("transformer.wte", "output"),
-        "hook_pos_embed": Site("transformer.wpe", "output"),
-        "hook_resid_pre": Site("transformer.h.{i}", "input"),
-        "attn.hook_z": Site("transformer.h.{i}.attn.c_proj", "input"),
-        "hook_attn_out": Site("transformer.h.{i}.attn", "output"),
-        "hook_resid_mid": Site("transformer.h.{i}.ln_2", "input", in_place=True),
-        "mlp.hook_pre": Site("transformer.h.{i}.mlp.c_fc", "output"),
-        "mlp.hook_post": Site("transformer.h.{i}.mlp.c_proj", "input"),
-        "hook_mlp_out": Site("transformer.h.{i}.mlp", "output"),
-        "hook_resid_post": Site("transformer.h.{i}", "output"),
-        "unembed.hook_in": Site("lm_head", "input"),
-        "unembed.hook_out": Site("lm_head", "output"),
-    },
-    embedding="transformer.wte",
-    unembedding="lm_head",
-    final_norm="transformer.ln_f",
-)
-
-FAMILIES = (LLAMA, GPT2)
+def _n_kv_heads(hf: "PretrainedConfig") -> int:
+    """Falcon has one key/value head (`multi_query`) unless it is of the newer kind; other families say a number."""
+    if hasattr(hf, "multi_query"):
+        if hf.new_decoder_architecture:
+            return int(hf.num_kv_heads)
+        return 1 if hf.multi_query else int(hf.num_attention_heads)
+    return _first(hf, "num_key_value_heads") or int(hf.num_attention_heads)
 
 
-def spec_for(config: PretrainedConfig) -> FamilySpec:
-    """The spec of a Hugging Face config's family. Raises ModelError for a family that has none."""
-    for spec in FAMILIES:
-        if config.model_type in spec.model_types:
-            return spec
-    raise ModelError(
-        "This model's family has no spec yet",
-        got=f"model_type {config.model_type!r}",
-        expected=f"one of {', '.join(t for s in FAMILIES for t in s.model_types)}",
-    )
+def _first(hf: "PretrainedConfig", *names: str) -> int | None:
+    for name in names:
+        value = getattr(hf, name, None)
+        if value is not None:
+            return int(value)
+    return None
+
+
+Part = Literal["q", "k", "v", "gate", "up"]
+
+
+def projection(spec: FamilySpec, config: ModelConfig, part: Part) -> tuple[str, View]:
+    """The linear map (its path in a block) that gives q, k, v, the gate or the up part, and where in its output."""
+    if part in ("gate", "up"):
+        return _mlp_projection(spec.mlp, config, part)
+    heads = config.n_heads if part == "q" else config.n_kv_heads
+    if isinstance(spec.qkv, Separate):
+        return getattr(spec.qkv, part), Columns(0, heads, config.d_head)
+    if spec.qkv.layout == "groups":
+        return spec.qkv.qkv, Grouped(part, config.n_heads, config.n_kv_heads, config.d_head)
+    before = {"q": 0, "k": config.n_heads, "v": config.n_heads + config.n_kv_heads}[part]
+    return spec.qkv.qkv, Columns(before * config.d_head, heads, config.d_head)
+
+
+def _mlp_projection(mlp: Dense | Gated | Experts, config: ModelConfig, part: Part) -> tuple[str, View]:
+    if isinstance(mlp, Gated) and mlp.up is None:
+        return mlp.gate, Columns(0 if part == "gate" else config.d_mlp, None, config.d_mlp)
+    if isinstance(mlp, Gated) and part == "gate":
+        return mlp.gate, Whole()
+    assert not isinstance(mlp, Experts) and mlp.up is not None
+    return mlp.up, Whole()

@@ -1,92 +1,85 @@
-"""Taps: functions set at hook points of a running model, through PyTorch's own forward hooks, and taken away again.
+"""Taps: functions that see, and may replace, the activation at a hook point while the model runs.
 
-A tap is called as `fn(activation)`. If it returns a tensor, the model goes on with that one; None leaves all as it was.
+A tap's `fn(activation)` returns the tensor to go on with, or None to leave all as it was. What a tap leaves alone stays
+bit-identical, so an edit of one head or row does not touch the others by a rounding error.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from microtome.common.errors import ModelError
-from microtome.model.names import HEADS, HookName
-from microtome.model.specs import ModelConfig, Site
+from microtome.model.names import HookName
 
 TapFn = Callable[[Tensor], Tensor | None]
-Tap = tuple[HookName, TapFn]
 
 
-@contextmanager
-def tapped(hf: nn.Module, config: ModelConfig, sites: dict[HookName, Site], taps: Sequence[Tap]) -> Iterator[None]:
-    """Within the block, `hf` calls every tap at its site. All hooks are removed at the end, whatever happens inside."""
-    handles = []
-    try:
-        for name, fn in taps:
-            site = sites[name]
-            module = hf.get_submodule(site.module)
-            hook = _Hook(name, fn, config, site.in_place)
-            if site.side == "input":
-                handles.append(module.register_forward_pre_hook(hook.before, with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(hook.after))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+@dataclass(frozen=True)
+class Tap:
+    """`fn` at the point `name`. With `through` the model goes on with the very tensor that `fn` saw, so that gradients
+    reach it; where a point is otherwise only computed on the side (patterns, norms) this costs a rounding error.
+    A tap that `reads` never changes anything."""
+
+    name: HookName
+    fn: TapFn
+    through: bool = False
+    reads: bool = False
 
 
-class _Hook:
-    """One tap as the pair of PyTorch hooks; only the one for its side is registered."""
+@dataclass
+class Run:
+    """The forward pass under way: `shape` (batch, pos) of its tokens, `offset` of its first position in the sequence
+    (above 0 while decoding with a key/value cache), and the model's `dtype`."""
 
-    def __init__(self, name: HookName, fn: TapFn, config: ModelConfig, in_place: bool) -> None:
-        self.name, self.fn, self.config, self.in_place = name, fn, config, in_place
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            value = self._apply(args[0])
-            return None if value is None else ((value, *args[1:]), kwargs)
-        value = self._apply(kwargs["hidden_states"])
-        return None if value is None else (args, {**kwargs, "hidden_states": value})
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            value = self._apply(output[0])
-            return None if value is None else (value, *output[1:])
-        return self._apply(output)
-
-    def _apply(self, tensor: Tensor) -> Tensor | None:
-        """Show the tap the tensor in its documented shape; give back its answer in the model's shape."""
-        shown = self._split_heads(tensor)
-        answer = self.fn(shown)
-        if answer is None:
-            return None
-        if answer.shape != shown.shape:
-            raise ModelError(
-                f"The hook at {self.name} returned a tensor of another shape",
-                got=tuple(answer.shape),
-                expected=f"{tuple(shown.shape)} ({', '.join(self.name.axes)})",
-            )
-        answer = answer.to(device=tensor.device, dtype=tensor.dtype).reshape(tensor.shape)
-        if self.in_place:
-            tensor.copy_(answer)
-            return None
-        return answer
-
-    def _split_heads(self, tensor: Tensor) -> Tensor:
-        if self.name.axes != HEADS:
-            return tensor
-        heads: Tensor = tensor.unflatten(-1, (self.config.n_heads, self.config.d_head))
-        return heads
+    shape: tuple[int, int] = (0, 0)
+    offset: int = 0
+    dtype: torch.dtype = torch.float32
 
 
 class StopForward(Exception):  # noqa: N818 - not an error: how a run ends early
     """Raised inside a hook when everything that was asked for has been seen."""
 
 
-def run_until(call: Callable[[], Any]) -> Any:
-    """`call()`, or None when a tap ended it early."""
-    try:
-        return call()
-    except StopForward:
-        return None
+def visit(taps: Sequence[Tap], activation: Tensor) -> tuple[Tensor, bool]:
+    """Show an activation to its taps in turn. Returns the tensor to go on with, and whether the model has to take it.
+
+    Raises ModelError if a tap answers with another shape.
+    """
+    needed = False
+    for tap in taps:
+        version = _version(activation)
+        answer = tap.fn(activation)
+        if answer is None or answer is activation:
+            needed |= tap.through or version != _version(activation) or (version is None and answer is not None)
+            continue
+        if answer.shape != activation.shape:
+            raise ModelError(
+                f"The hook at {tap.name} returned a tensor of another shape",
+                got=tuple(answer.shape),
+                expected=f"{tuple(activation.shape)} ({', '.join(tap.name.axes)})",
+            )
+        answer = answer.to(device=activation.device, dtype=activation.dtype)
+        needed |= tap.through or answer.requires_grad or not torch.equal(answer, activation)
+        activation = answer
+    return activation, needed
+
+
+def _version(tensor: Tensor) -> int | None:
+    """A count of the changes made to a tensor in place; tensors of inference mode keep none."""
+    return None if tensor.is_inference() else tensor._version  # noqa: SLF001 - there is no public name for it
+
+
+def splice(old: Tensor, new: Tensor, changed: Tensor, *, whole: bool) -> Tensor:
+    """`new` where `changed` (broadcast), `old` elsewhere; `new` everywhere if gradients have to flow through it."""
+    return new if whole else torch.where(changed, new.to(old.dtype), old)
+
+
+def any_through(taps: Sequence[Tap]) -> bool:
+    return any(tap.through for tap in taps)
+
+
+def for_taps(taps: Sequence[Tap], activation: Tensor) -> Tensor:
+    """The tensor to show where what changed is found by comparison: a copy, if a tap might change it in place."""
+    return activation if all(tap.reads for tap in taps) else activation.clone()

@@ -1,0 +1,123 @@
+"""The attention kernel, opened: rotated queries and keys, scores and pattern of one attention module.
+
+A `TorchFunctionMode` around the module's forward pass sees the call of the kernel that the library chose, whatever the
+family: one `scaled_dot_product_attention`, or `matmul … softmax … matmul`. Fused kernels have no pattern inside, so
+it is computed beside them; their output is only replaced where scores or pattern were changed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from microtome.model.specs import ModelConfig
+from microtome.model.taps import Tap, any_through, for_taps, splice, visit
+
+Taps = Mapping[str, Sequence[Tap]]  # by "rot_q", "rot_k", "scores", "pattern"
+
+_SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax}
+_MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
+
+
+class KernelMode(TorchFunctionMode):
+    """Lasts for one call of an attention module. Its taps see `[batch, pos, heads, d_head]` and
+    `[batch, head, query, key]`."""
+
+    def __init__(self, config: ModelConfig, taps: Taps, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.taps, self.dtype = config, taps, dtype
+        self.multiplied = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            return self._fused(*args, **kwargs)
+        if func in _MATMUL and not self.multiplied and self._is_query_by_key(*args):
+            self.multiplied = True
+            query, key = self._rotated(args[0], args[1].transpose(-1, -2))
+            return func(query, key.transpose(-1, -2), *args[2:], **kwargs)
+        if func in _SOFTMAX and args[0].ndim == 4 and args[0].shape[1] == self.config.n_heads:
+            return self._softmax(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _is_query_by_key(self, query: Tensor, key: Any) -> bool:
+        d_head = self.config.d_head
+        return isinstance(key, Tensor) and query.ndim == 4 and query.shape[-1] == d_head == key.shape[-2]
+
+    # ---- the parts --------------------------------------------------------------------------------------------------
+
+    def _rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key `[batch, heads, pos, d_head]` after their taps. Keys repeated for grouped queries are shown
+        once."""
+        if taps := self.taps.get("rot_q"):
+            shown = query.transpose(1, 2).to(self.dtype)
+            answer, needed = visit(taps, shown)
+            query = answer.transpose(1, 2).to(query.dtype) if needed else query
+        if taps := self.taps.get("rot_k"):
+            copies = key.shape[1] // self.config.n_kv_heads
+            answer, needed = visit(taps, key[:, ::copies].transpose(1, 2).to(self.dtype))
+            key = answer.transpose(1, 2).repeat_interleave(copies, dim=1).to(key.dtype) if needed else key
+        return query, key
+
+    def _softmax(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The model's own softmax over scores, which its libraries mask with the smallest finite number."""
+        scores: Tensor = args[0]
+        if taps := self.taps.get("scores"):
+            masked = scores.masked_fill(scores <= torch.finfo(self.dtype).min / 2, -torch.inf)
+            masked = masked.to(self.dtype)
+            answer, needed = visit(taps, for_taps(taps, masked))
+            if needed:
+                scores = splice(scores, answer.to(scores.dtype), answer != masked, whole=any_through(taps))
+        pattern = func(scores, *args[1:], **kwargs)
+        if taps := self.taps.get("pattern"):
+            answer, needed = visit(taps, pattern.to(self.dtype).nan_to_num(0.0))
+            pattern = answer.to(pattern.dtype) if needed else pattern
+        return pattern
+
+    def _fused(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        query, key = self._rotated(query, key)
+        output = functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        on_scores, on_pattern = self.taps.get("scores", ()), self.taps.get("pattern", ())
+        if not on_scores and not on_pattern:
+            return output
+        scores = masked_scores(query, key, attn_mask, is_causal, kwargs.get("scale"))
+        seen_scores, scores_needed = visit(on_scores, for_taps(on_scores, scores))
+        pattern = attention_pattern(seen_scores)
+        seen, pattern_needed = visit(on_pattern, for_taps(on_pattern, pattern))
+        if not scores_needed and not pattern_needed:
+            return output
+        new = seen @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        changed = ((seen_scores != scores) | (seen != pattern)).any(-1, keepdim=True)
+        return splice(output, new, changed, whole=any_through([*on_scores, *on_pattern]) or new.requires_grad)
+
+
+def masked_scores(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    """q·k · scale, −inf where a query may not look: `[batch, head, query, key]`."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    return (scores + mask).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
+
+
+def attention_pattern(scores: Tensor) -> Tensor:
+    """Softmax over keys in float32, in the scores' dtype; zeros for a query that may look nowhere."""
+    return scores.softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(scores.dtype)

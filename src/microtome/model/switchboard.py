@@ -1,0 +1,59 @@
+"""The switchboard: which taps are connected to a model's hook points at the moment.
+
+Blocks may be nested (edits around generation around a capture). Each time the set of taps changes, the hooks are laid
+anew for all of them, by depth and then in the order in which the blocks were entered, so an inner block sees what an
+outer one changed. At the end of a block, whatever happened inside, its taps are gone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from microtome.model.names import HookName
+from microtome.model.stations import Station, Undo
+from microtome.model.taps import Run, Tap
+
+
+class Switchboard:
+    """Connects taps to the stations of one module. `run` describes the forward pass under way."""
+
+    def __init__(self, hf: nn.Module, stations: Mapping[HookName, Station], run: Run) -> None:
+        self.hf, self.stations, self.run = hf, stations, run
+        self._groups: list[Sequence[Tap]] = []
+        self._handles: list[RemovableHandle | Undo] = []
+
+    @contextmanager
+    def connected(self, taps: Sequence[Tap]) -> Iterator[None]:
+        """Within the block, the module calls these taps too."""
+        self._groups.append(taps)
+        try:
+            self._lay()
+            yield
+        finally:
+            self._groups.pop()
+            self._lay()
+
+    def _lay(self) -> None:
+        """Take all hooks away, then set those of the connected taps."""
+        while self._handles:
+            self._handles.pop().remove()
+        by_station: dict[Station, dict[HookName, list[Tap]]] = {}
+        taps = sorted((tap for group in self._groups for tap in group), key=lambda tap: tap.name)
+        for tap in taps:
+            by_station.setdefault(self.stations[tap.name], {}).setdefault(tap.name, []).append(tap)
+        if by_station:
+            self._handles.append(self.hf.register_forward_pre_hook(self._begin, with_kwargs=True))
+        for station, of_station in by_station.items():
+            for handle in station.open(self.hf, self.run, of_station):
+                self._handles.append(handle)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the shape of the pass that begins and how much of the sequence is behind it."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        ids = kwargs["inputs_embeds"] if ids is None else ids
+        past = kwargs.get("past_key_values")
+        self.run.shape = (ids.shape[0], ids.shape[1])
+        self.run.offset = int(past.get_seq_length()) if past is not None else 0

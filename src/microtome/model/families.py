@@ -140,7 +140,7 @@ FALCON = BLOOM.variant("falcon", mlp_out_overwritten=True, adapt=_falcon)
 def _opt(spec: FamilySpec, hf: "PretrainedConfig") -> FamilySpec:
     """OPT-350m norms after each addition, and its embedding is narrower than the stream."""
     if hf.word_embed_proj_dim != hf.hidden_size:
-        spec = replace(spec, embed_out="model.decoder.project_in")
+        spec = replace(spec, embed_out="model.decoder.project_in", unembed_in="model.decoder.project_out")
     if hf.do_layer_norm_before:
         return spec if not hf._remove_final_layer_norm else replace(spec, ln_final=None)  # noqa: SLF001
     return replace(spec, ln_final=None, ln1=None, ln2=None, additive=False)

@@ -84,8 +84,9 @@ class FamilySpec:
     """A family. The first group are paths in the whole module, the second paths in a block; None is a part that the
     family has not.
 
-    `embed_out`: what widens the embedding, where it is narrower than the stream. `mid`: the module whose input is the
-    stream between attention and MLP, where that is not `ln2`. `parallel`: attention and MLP both read the block's input. `additive`: the block adds to the residual stream (not so
+    `embed_out`: what widens the embedding, where it is narrower than the stream, and `unembed_in` what narrows the stream
+    again. `mid`: the module whose input is the stream between attention and MLP, where that is not `ln2`. `parallel`:
+    attention and MLP both read the block's input. `additive`: the block adds to the residual stream (not so
     where norms come after the addition). `norm_offset`: what is added to a norm's weight (Gemma: 1). `adapt` makes the
     spec of one model from its Hugging Face config, where that decides.
     """
@@ -99,6 +100,7 @@ class FamilySpec:
     pos_embed: str | None = None
     ln_final: str | None
     unembed: str = "lm_head"
+    unembed_in: str | None = None
 
     attn: str
     qkv: Separate | Fused

@@ -70,10 +70,12 @@ class _Block:
 
     def stations(self) -> Found:
         yield _whole(self.name("hook_resid_pre"), self.path, "input")
-        yield from self._attention()
+        if self.spec.has_attn:
+            yield from self._attention()
         yield from self._norms()
-        yield from self._streams()
-        yield from self._mlp()
+        if self.spec.has_mlp:
+            yield from self._streams()
+            yield from self._mlp()
         yield _whole(self.name("hook_resid_post"), self.path)
 
     # ---- attention --------------------------------------------------------------------------------------------------
@@ -99,12 +101,13 @@ class _Block:
         if not spec.additive:
             return
         shared = self.name("hook_attn_in") if config.n_kv_heads == config.n_heads else None
+        positions = spec.pos_embed if spec.shortformer else None
         feeds = []
         for part in ("q", "k", "v"):
             path, view = projection(spec, config, part)
             feeds.append((self.name(f"hook_{part}_input"), self.at(path), view, partial(self._part_weights, part)))
         norm = self.at(spec.ln1) if spec.ln1 else None
-        station = HeadInputStation(self.path, norm, config.n_heads, shared, tuple(feeds))
+        station = HeadInputStation(self.path, norm, config.n_heads, shared, tuple(feeds), positions)
         yield station, [feed[0] for feed in feeds] + ([shared] if shared else [])
 
     def _part_weights(self, part: Part, hf: nn.Module) -> tuple[Tensor, Tensor]:
@@ -131,7 +134,8 @@ class _Block:
         flat = isinstance(self.spec.mlp, Dense | Gated) and self.spec.mlp.flat
         for norm in ("ln1", "ln1_post", "ln2", "ln2_post"):
             path = getattr(self.spec, norm)
-            if path:
+            has_part = self.spec.has_attn if norm.startswith("ln1") else self.spec.has_mlp
+            if path and has_part:
                 yield _norm(norm, self.at(path), self.spec, self.layer, flat=flat and norm == "ln2")
 
     def _streams(self) -> Found:
@@ -140,7 +144,7 @@ class _Block:
         mid, mlp_in = self.name("hook_resid_mid"), self.name("hook_mlp_in")
         reader = spec.ln2 or spec.mid
         flat = isinstance(spec.mlp, Dense | Gated) and spec.mlp.flat
-        if reader and not spec.parallel:
+        if reader and spec.has_attn and not spec.parallel:
             yield ModuleStation(self.at(reader), "input", ((mid, Whole()),), in_place=True, flat=flat), [mid]
         if reader:
             yield ModuleStation(self.at(reader), "input", ((mlp_in, Whole()),), own=True, flat=flat), [mlp_in]
@@ -161,6 +165,8 @@ class _Block:
             yield from self._projections(("gate", "mlp.hook_pre"), ("up", "mlp.hook_pre_linear"))
         else:
             yield from self._projections(("up", "mlp.hook_pre"))
+            if mlp.norm:
+                yield _whole(self.name("mlp.hook_mid"), self.at(mlp.norm), "input")
         post = self.name("mlp.hook_post")
         yield ModuleStation(self.at(mlp.down), "input", ((post, Whole()),), flat=mlp.flat), [post]
         station = ModuleStation(

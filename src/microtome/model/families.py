@@ -163,6 +163,42 @@ OPT = FamilySpec(
     adapt=_opt,
 )
 
+
+def _reference(spec: FamilySpec, hf: "PretrainedConfig") -> FamilySpec:
+    """The model of `reference.py`, which has what its config says."""
+    sizes = hf.sizes
+    if sizes.activation == "swiglu":
+        spec = replace(spec, mlp=Gated(gate="mlp.gate", up="mlp.up", down="mlp.down"))
+    elif sizes.activation == "solu":
+        spec = replace(spec, mlp=Dense(up="mlp.up", down="mlp.down", norm="mlp.ln"))
+    if sizes.normalization == "none":
+        spec = replace(spec, ln_final=None, ln1=None, ln2=None, mid="mlp")
+    return replace(
+        spec,
+        has_attn=not sizes.mlp_only,
+        has_mlp=not sizes.attn_only,
+        rotary=sizes.positions == "rotary",
+        shortformer=sizes.positions == "shortformer",
+        pos_embed="transformer.pos_embed" if sizes.positions in ("learned", "shortformer") else None,
+    )
+
+
+REFERENCE = FamilySpec(
+    name="reference",
+    model_types=("microtome_reference",),
+    blocks="transformer.blocks",
+    embed="transformer.embed",
+    ln_final="transformer.ln_final",
+    unembed="transformer.unembed",
+    attn="attn",
+    qkv=Separate(q="attn.q", k="attn.k", v="attn.v"),
+    o="attn.o",
+    mlp=Dense(up="mlp.up", down="mlp.down"),
+    ln1="ln1",
+    ln2="ln2",
+    adapt=_reference,
+)
+
 FAMILIES = (
     GPT2,
     GPT_NEO,
@@ -183,6 +219,7 @@ FAMILIES = (
     PHI3,
     STABLELM,
     OLMO2,
+    REFERENCE,
 )
 
 

@@ -13,6 +13,7 @@ from microtome.common.errors import ModelError, nearest
 from microtome.model.builtin import BUILTIN, builtin_folder
 from microtome.model.hooked import HookedModel
 from microtome.model.families import family_of
+from microtome.model.reference_hf import register
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
@@ -46,6 +47,7 @@ def load_model(
         source = {"pretrained_model_name_or_path": text, "revision": revision}
     source["trust_remote_code"] = trust_remote_code
 
+    register()
     hf_progress = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from microtome.model.reference import LayerNorm
+
 
 def is_layer_norm(module: nn.Module) -> bool:
     """LayerNorm centres, RMSNorm does not."""
-    return isinstance(module, nn.LayerNorm)
+    return isinstance(module, nn.LayerNorm | LayerNorm)
 
 
 def eps_of(module: nn.Module) -> float:

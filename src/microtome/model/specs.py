@@ -52,10 +52,12 @@ class Fused:
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """An MLP: `up` writes the neurons, `down` reads them. `flat`: its tensors are `[batch · pos, …]`."""
+    """An MLP: `up` writes the neurons, `down` reads them. `norm`: a norm between activation function and `down` (SoLU).
+    `flat`: its tensors are `[batch · pos, …]`."""
 
     up: str
     down: str
+    norm: str | None = None
     flat: bool = False
 
 
@@ -87,7 +89,9 @@ class FamilySpec:
     `embed_out`: what widens the embedding, where it is narrower than the stream, and `unembed_in` what narrows the stream
     again. `mid`: the module whose input is the stream between attention and MLP, where that is not `ln2`. `parallel`:
     attention and MLP both read the block's input. `additive`: the block adds to the residual stream (not so
-    where norms come after the addition). `norm_offset`: what is added to a norm's weight (Gemma: 1). `adapt` makes the
+    where norms come after the addition). `norm_offset`: what is added to a norm's weight (Gemma: 1). `has_attn`, `has_mlp`: whether
+    blocks have these parts (their paths mean nothing otherwise). `shortformer`: queries and keys read the normed stream
+    plus the positional embedding, which is not in the stream itself. `adapt` makes the
     spec of one model from its Hugging Face config, where that decides.
     """
 
@@ -112,6 +116,9 @@ class FamilySpec:
     ln2_post: str | None = None
     mid: str | None = None
 
+    has_attn: bool = True
+    has_mlp: bool = True
+    shortformer: bool = False
     rotary: bool = True
     parallel: bool = False
     additive: bool = True
@@ -129,15 +136,16 @@ class FamilySpec:
 
     def model_config(self, hf: "PretrainedConfig") -> ModelConfig:
         """The sizes in a Hugging Face config (whose own `attribute_map` already evens out most names)."""
-        heads = hf.num_attention_heads
+        heads = hf.num_attention_heads if self.has_attn else 0
+        d_mlp = _first(hf, "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner") or 4 * hf.hidden_size
         return ModelConfig(
             family=self.name,
             n_layers=hf.num_hidden_layers,
             d_model=hf.hidden_size,
             n_heads=heads,
-            n_kv_heads=_n_kv_heads(hf),
-            d_head=getattr(hf, "head_dim", None) or hf.hidden_size // heads,
-            d_mlp=_first(hf, "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner") or 4 * hf.hidden_size,
+            n_kv_heads=_n_kv_heads(hf) if heads else 0,
+            d_head=(getattr(hf, "head_dim", None) or hf.hidden_size // heads) if heads else 0,
+            d_mlp=d_mlp if self.has_mlp else 0,
             d_vocab=hf.vocab_size,
             n_ctx=_first(hf, "max_position_embeddings", "seq_length") or 2048,
             n_experts=_first(hf, "num_local_experts") or 0,

@@ -156,7 +156,8 @@ class HeadInputStation:
     """What each head (or the MLP) reads from the residual stream before its norm, as if each had its own copy.
 
     `feeds` lists (point, the module that reads, the view of its output, the heads' weight and bias). A changed copy is
-    normed and projected anew for its head alone.
+    normed and projected anew for its head alone. `positions` is the module whose output is added for queries and keys,
+    after the norm (shortformer).
     """
 
     block: str
@@ -164,9 +165,11 @@ class HeadInputStation:
     n_heads: int
     shared: HookName | None
     feeds: tuple[tuple[HookName, str, View, Callable[[nn.Module], tuple[Tensor, Tensor]]], ...]
+    positions: str | None = None
 
     def open(self, hf: nn.Module, run: Run, taps: Taps) -> Handles:
         stream: list[Tensor] = []  # of the run under way: the residual stream, and its copies after the shared taps
+        placed: list[Tensor] = []  # the positional embedding, where that is added
         norm = hf.get_submodule(self.norm) if self.norm else None
         on_shared = taps.get(self.shared, ()) if self.shared else ()
 
@@ -177,11 +180,17 @@ class HeadInputStation:
                 copies, _ = visit(on_shared, for_taps(on_shared, copies))
             stream[:] = [tensor, copies]
 
+        def keep_positions(embedded: Tensor) -> None:
+            placed[:] = [embedded]
+
+        if self.positions:
+            yield hf.get_submodule(self.positions).register_forward_hook(_on_output(keep_positions))
         yield hf.get_submodule(self.block).register_forward_pre_hook(_on_input(keep), with_kwargs=True)
         for name, path, view, weights in self.feeds:
             on_copy = taps.get(name, ())
             if on_copy or on_shared:
-                feed = _Feed(view, on_copy, norm, weights(hf), any_through([*on_shared, *on_copy]), stream)
+                added = [] if name.point == "hook_v_input" else placed
+                feed = _Feed(view, on_copy, norm, weights(hf), any_through([*on_shared, *on_copy]), stream, added)
                 yield hf.get_submodule(path).register_forward_hook(_on_output(feed.after))
 
 
@@ -195,6 +204,7 @@ class _Feed:
     weights: tuple[Tensor, Tensor]
     through: bool
     stream: list[Tensor]
+    added: list[Tensor]
 
     def after(self, output: Tensor) -> Tensor | None:
         old = self.view.read(output)
@@ -206,6 +216,8 @@ class _Feed:
             return None
         W, b = self.weights  # noqa: N806 - the field's names
         read = answer if self.norm is None else type(self.norm).forward(self.norm, answer)
+        for positions in self.added:
+            read = read + positions.unsqueeze(2)
         new = torch.einsum("bphd,hdk->bphk", read, W) + b
         return self.view.write(output, splice(old, new, changed, whole=self.through or new.requires_grad))
 

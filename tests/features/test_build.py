@@ -17,7 +17,7 @@ from microtome.features import IndexConfig, build_index, open_index
 from microtome.features.build import _Pass
 from microtome.features.weights import logit_effects, nearest_latents
 from microtome.model import HookedModel
-from microtome.model.specs import GPT2, LLAMA
+from microtome.model.families import GPT2, LLAMA
 from microtome.text import TokenDataset, TokenizeConfig, open_corpus, tokenize_corpus
 
 from .tiny import BOS, TEXTS, make_tokenizer
@@ -252,7 +252,8 @@ def test_logit_effects_equal_the_plain_product(
     monkeypatch.setattr("microtome.features.weights._CELLS", 3000)
     monkeypatch.setattr("microtome.features.weights._VOCABULARY_SLICE", 100)
     (top_ids, top_values), (low_ids, low_values) = logit_effects(model, sae, 7)
-    logits = (sae.W_dec * model.ln_final_weight) @ model.W_U
+    assert model.weights.ln_final
+    logits = (sae.W_dec * model.weights.ln_final.weight) @ model.W_U
     effects = (logits - logits.mean(1, keepdim=True)).numpy()
     order = np.argsort(-effects, axis=1)
     assert top_ids.tolist() == order[:, :7].tolist()

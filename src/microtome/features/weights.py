@@ -53,9 +53,8 @@ def logit_effects(model: HookedModel, sae: Dictionary, n: int) -> tuple[Table, T
         return (empty, empty.astype(np.float32)), (empty, empty.astype(np.float32))
     W_U = model.W_U
     directions = sae.W_dec.to(W_U.device, torch.float32)
-    if isinstance(model.hf.get_submodule(model.spec.final_norm), nn.LayerNorm):
-        directions = directions - directions.mean(dim=1, keepdim=True)
-    directions = directions * model.ln_final_weight.float()
+    norm = model.weights.ln_final
+    directions = directions if norm is None else norm.linear(directions)
     n = min(n, W_U.shape[1])
     highest, lowest = [], []
     for rows in _chunks(directions, W_U.shape[1]):

@@ -1,14 +1,29 @@
-"""The weights of one block in TransformerLens's layout, as views of the model's own parameters."""
+"""The weights of one block in TransformerLens's layout, as views of the model's own parameters.
 
-from dataclasses import dataclass
+Readers of the residual stream are input first, `[head, d_model, d_head]` or `[d_model, d_mlp]`, writers end in `d_model`.
+With a `form` (`folding.py`) they are copies with norms folded in or means taken off.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from microtome.common.errors import ModelError
-from microtome.model.specs import Dense, Experts, FamilySpec, ModelConfig, Part, projection
+from microtome.common.errors import InputError, ModelError
+from microtome.model.folding import AsStored, Form, Norm
+from microtome.model.specs import Dense, Experts, FamilySpec, Gated, ModelConfig, Part, projection
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One expert of a mixture: act(x W_gate) ∘ (x W_in) is what its neurons do, and W_out what they write."""
+
+    W_gate: Float[Tensor, "d_model d_mlp"]
+    W_in: Float[Tensor, "d_model d_mlp"]
+    W_out: Float[Tensor, "d_mlp d_model"]
 
 
 @dataclass(frozen=True)
@@ -19,94 +34,149 @@ class BlockWeights:
     module: nn.Module
     spec: FamilySpec
     config: ModelConfig
+    form: Form = field(default_factory=AsStored)
 
     # ---- attention --------------------------------------------------------------------------------------------------
 
     @property
     def W_Q(self) -> Float[Tensor, "n_heads d_model d_head"]:  # noqa: N802
-        return self._heads("q")
+        return self._weight("q")
 
     @property
     def W_K(self) -> Float[Tensor, "n_kv_heads d_model d_head"]:  # noqa: N802
-        return self._heads("k")
+        return self._weight("k")
 
     @property
     def W_V(self) -> Float[Tensor, "n_kv_heads d_model d_head"]:  # noqa: N802
-        return self._heads("v")
+        return self._weight("v")
 
     @property
     def W_O(self) -> Float[Tensor, "n_heads d_head d_model"]:  # noqa: N802
-        return self._matrix(self.spec.o).unflatten(0, (self.config.n_heads, self.config.d_head))
+        W_O: Tensor = self.form.writer(self._matrix(self.spec.o))
+        return W_O.view(self.config.n_heads, self.config.d_head, -1)
 
     @property
     def b_Q(self) -> Float[Tensor, "n_heads d_head"]:  # noqa: N802
-        return self._part_bias("q")
+        return self._bias("q")
 
     @property
     def b_K(self) -> Float[Tensor, "n_kv_heads d_head"]:  # noqa: N802
-        return self._part_bias("k")
+        return self._bias("k")
 
     @property
     def b_V(self) -> Float[Tensor, "n_kv_heads d_head"]:  # noqa: N802
-        return self._part_bias("v")
+        return self._bias("v")
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:  # noqa: N802
-        return self._bias(self.spec.o)
+        return self.form.writer(self._stored_bias(self.spec.o))
 
     def of(self, part: Part) -> tuple[Tensor, Tensor]:
         """Weight and bias of one projection of q, k or v: `[head, d_model, d_head]` and `[head, d_head]`."""
-        return self._heads(part), self._part_bias(part)
+        return self._weight(part), self._bias(part)
 
     # ---- MLP --------------------------------------------------------------------------------------------------------
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:  # noqa: N802
-        return self._neurons("up")
+        return self._weight("up")
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:  # noqa: N802
-        if isinstance(self.spec.mlp, Dense):
-            raise ModelError(f"The MLP of the family {self.spec.name} has no gate", fix="Its input weights are W_in")
-        return self._neurons("gate")
+        return self._weight("gate")
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:  # noqa: N802
-        return self._matrix(self._dense().down)
+        return self.form.writer(self._matrix(self._mlp().down))
 
     @property
     def b_in(self) -> Float[Tensor, " d_mlp"]:
-        self._dense()
-        return self._part_bias("up")
+        return self._bias("up")
 
     @property
     def b_gate(self) -> Float[Tensor, " d_mlp"]:
-        self._dense()
-        return self._part_bias("gate")
+        return self._bias("gate")
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
-        return self._bias(self._dense().down)
+        return self.form.writer(self._stored_bias(self._mlp().down))
+
+    # ---- mixtures of experts ----------------------------------------------------------------------------------------
+
+    @property
+    def W_router(self) -> Float[Tensor, "d_model n_experts"]:  # noqa: N802
+        """What the router reads to choose the experts of a token."""
+        return self.form.reader(self._matrix(self._experts().router), self.mlp_norm)
+
+    def experts(self, j: int) -> ExpertWeights:
+        """The weights of expert j. Raises InputError if there are not so many."""
+        experts: Any = self.module.get_submodule(self._experts().experts)
+        if not 0 <= j < self.config.n_experts:
+            raise InputError("There is no such expert", got=j, expected=f"0 to {self.config.n_experts - 1}")
+        gate, up = experts.gate_up_proj[j].chunk(2)
+        return ExpertWeights(
+            W_gate=self.form.reader(gate.T, self.mlp_norm),
+            W_in=self.form.reader(up.T, self.mlp_norm),
+            W_out=self.form.writer(experts.down_proj[j].T),
+        )
+
+    # ---- norms ------------------------------------------------------------------------------------------------------
+
+    @property
+    def attn_norm(self) -> Norm | None:
+        """The norm that the heads read through."""
+        return self.norm("ln1")
+
+    @property
+    def mlp_norm(self) -> Norm | None:
+        """The norm that the MLP reads through: its own, or the heads' in a parallel block with one norm."""
+        shared = self.spec.parallel and self.spec.ln2 is None
+        return self.norm("ln1" if shared else "ln2")
+
+    def norm(self, name: str) -> Norm | None:
+        """The norm `"ln1"`, `"ln2"`, `"ln1_post"` or `"ln2_post"`; None if the block has none of that name."""
+        path = getattr(self.spec, name)
+        return Norm(name, self.module.get_submodule(path), self.spec.norm_offset) if path else None
 
     # ---- how --------------------------------------------------------------------------------------------------------
 
-    def _heads(self, part: Part) -> Tensor:
-        path, view = projection(self.spec, self.config, part)
-        return view.read(self._matrix(path)).transpose(0, 1)
+    def _mlp(self) -> Dense | Gated:
+        mlp = self.spec.mlp
+        if isinstance(mlp, Experts):
+            raise ModelError(
+                "The MLP is a mixture of experts: it has no single weight matrix", fix="experts(j) has one"
+            )
+        return mlp
 
-    def _neurons(self, part: Part) -> Tensor:
-        self._dense()
-        path, view = projection(self.spec, self.config, part)
-        return view.read(self._matrix(path))
+    def _experts(self) -> Experts:
+        mlp = self.spec.mlp
+        if not isinstance(mlp, Experts):
+            raise ModelError(
+                f"The MLP of the family {self.spec.name} has no experts", fix="Its weights are W_in and W_out"
+            )
+        return mlp
 
-    def _part_bias(self, part: Part) -> Tensor:
-        path, view = projection(self.spec, self.config, part)
-        return view.read(self._bias(path))
+    def _reader_norm(self, part: Part) -> Norm | None:
+        return self.attn_norm if part in ("q", "k", "v") else self.mlp_norm
 
-    def _dense(self) -> "Dense | object":
-        if isinstance(self.spec.mlp, Experts):
-            raise ModelError("The MLP is a mixture of experts: it has no single weight matrix", fix="experts(j) has one")
-        return self.spec.mlp
+    def _weight(self, part: Part) -> Tensor:
+        return self.form.reader(self._stored(part)[0], self._reader_norm(part))
+
+    def _bias(self, part: Part) -> Tensor:
+        W, b = self._stored(part)
+        return self.form.reader_bias(b, W, self._reader_norm(part))
+
+    def _stored(self, part: Part) -> tuple[Tensor, Tensor]:
+        """The model's own weight and bias of one projection."""
+        if part in ("gate", "up"):
+            mlp = self._mlp()
+            if part == "gate" and isinstance(mlp, Dense):
+                raise ModelError(
+                    f"The MLP of the family {self.spec.name} has no gate", fix="Its input weights are W_in"
+                )
+        path, view = projection(self.spec, self.config, part)
+        W, b = view.read(self._matrix(path)), view.read(self._stored_bias(path))
+        return (W.transpose(0, 1) if part in ("q", "k", "v") else W), b
 
     def _matrix(self, path: str) -> Float[Tensor, "d_in d_out"]:
         """The weight of a linear map, input first. GPT-2's `Conv1D` stores it so, `Linear` the other way round."""
@@ -114,14 +184,15 @@ class BlockWeights:
         weight = module.get_parameter("weight")
         if not weight.is_floating_point():
             raise ModelError(
-                "The weights are quantised: there is no view of them", got=str(weight.dtype), fix="Load with a float dtype"
+                "The weights are quantised: there is no view of them",
+                got=str(weight.dtype),
+                fix="Load with a float dtype",
             )
         return weight if isinstance(module, Conv1D) else weight.T
 
-    def _bias(self, path: str) -> Float[Tensor, " d_out"]:
-        module = self.module.get_submodule(path)
-        bias = getattr(module, "bias", None)
+    def _stored_bias(self, path: str) -> Float[Tensor, " d_out"]:
+        bias = getattr(self.module.get_submodule(path), "bias", None)
         if isinstance(bias, Tensor):
             return bias
-        weight = module.get_parameter("weight")
-        return torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+        weight = self._matrix(path)
+        return torch.zeros(weight.shape[1], dtype=weight.dtype, device=weight.device)

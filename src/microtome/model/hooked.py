@@ -5,7 +5,7 @@ spec gives the model (`anatomy.py`); a run that needs no logits stops at the dee
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -20,11 +20,13 @@ from microtome.model import prompts
 from microtome.model.anatomy import anatomy
 from microtome.model.cache import ActivationCache
 from microtome.model.capture import Capture, in_graph
+from microtome.model.factored import FactoredMatrix
 from microtome.model.names import HookName, canonical, matches
 from microtome.model.prompts import Prompts, Side
 from microtome.model.specs import FamilySpec, Gated, ModelConfig
 from microtome.model.switchboard import Switchboard
 from microtome.model.taps import Run, StopForward, Tap
+from microtome.model.weights import Layered, Table, Weights
 
 Names = str | HookName | Sequence[str | HookName] | Callable[[str], bool]
 Tokens = Int[Tensor, "batch pos"]
@@ -213,7 +215,7 @@ class HookedModel:
         capture = Capture(self._wanted(names), positions, heads, dtype, device)
         with self._switchboard.connected(capture.taps()):
             logits = self(tokens)
-        return logits, ActivationCache(capture.result())
+        return logits, ActivationCache(capture.result(), self.weights)
 
     def activations(
         self,
@@ -233,7 +235,7 @@ class HookedModel:
                 self.hf(**inputs)
             except StopForward:
                 pass
-        return ActivationCache(capture.result())
+        return ActivationCache(capture.result(), self.weights)
 
     def gradients(
         self, tokens: Input, names: Names, metric: Callable[[Logits], Float[Tensor, ""]]
@@ -257,7 +259,7 @@ class HookedModel:
             name: torch.zeros_like(kept[name]) if g is None else g for name, g in zip(kept, found, strict=True)
         }
         activations = {name: activation.detach() for name, activation in kept.items()}
-        return value.detach(), ActivationCache(activations), ActivationCache(gradients)
+        return value.detach(), ActivationCache(activations, self.weights), ActivationCache(gradients)
 
     def run_with_hooks(self, tokens: Input, hooks: Hooks = (), *, backward: Hooks = ()) -> Logits:
         """Logits of a run in which each function `fn(act, hook)` sees, and may replace, the activation at its points.
@@ -312,21 +314,35 @@ class HookedModel:
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802 - the field's name
-        """The token embedding, a view of the model's own weight."""
-        return self._weight(self.spec.embed)
+    @cached_property
+    def weights(self) -> Weights:
+        """All weights in the field's layout, as views of the model's own: see `weights.py`."""
+        return Weights(self.hf, self.spec, self.config)
 
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # noqa: N802 - the field's name
-        """The unembedding, a view of the model's own weight."""
-        return self._weight(self.spec.unembed).T
+    W_E, W_pos, W_U, b_U = Table(), Table(), Table(), Table()  # noqa: N815 - the field's names
+    W_Q, W_K, W_V, W_O = Layered(), Layered(), Layered(), Layered()
+    b_Q, b_K, b_V, b_O = Layered(), Layered(), Layered(), Layered()  # noqa: N815
+    W_in, W_gate, W_out = Layered(), Layered(), Layered()
+    b_in, b_gate, b_out = Layered(), Layered(), Layered()
 
-    @property
-    def ln_final_weight(self) -> Float[Tensor, " d_model"]:
-        """The learned scale of the final norm."""
-        assert self.spec.ln_final
-        return self._weight(self.spec.ln_final)
+    def folded(
+        self,
+        *,
+        fold_norms: bool | Collection[str] = True,
+        centre_writing: bool = False,
+        centre_unembed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> Weights:
+        """The weights for analysis, with norms folded in and means taken off; the model stays as it is. See
+        `Weights.folded`."""
+        return self.weights.folded(
+            fold_norms=fold_norms, centre_writing=centre_writing, centre_unembed=centre_unembed, dtype=dtype
+        )
 
-    def _weight(self, module: str) -> Tensor:
-        return self.hf.get_submodule(module).get_parameter("weight")
+    def QK(self, layer: int, head: int | None = None, *, full: bool = False) -> FactoredMatrix:  # noqa: N802
+        """W_Q W_Kᵀ of a head, factored; `full`: between tokens. See `Weights.QK`."""
+        return self.weights.QK(layer, head, full=full)
+
+    def OV(self, layer: int, head: int | None = None, *, full: bool = False) -> FactoredMatrix:  # noqa: N802
+        """W_V W_O of a head, factored; `full`: from tokens to logits. See `Weights.OV`."""
+        return self.weights.OV(layer, head, full=full)

@@ -1,0 +1,183 @@
+"""Forms of a model's weights: as they are stored, or with norms folded in and means taken off, for analysis.
+
+A norm divides by a number that depends on the token and then applies what it learned, y = x̂ ∘ w + b. What it learned can
+be moved into the linear maps that read y, so that they read x̂ (the point `hook_normalized`) directly:
+
+    y W + c  =  x̂ (w ∘ W) + (c + b W)
+
+LayerNorm also takes off the mean of what it reads. Where every reader of the residual stream does that, whatever is written
+along the all-ones direction is never seen, so writing weights may be centred. Softmax does not see a constant added to all
+logits, so the unembedding may be centred over the vocabulary.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from microtome.common.errors import InputError, ModelError
+from microtome.model.norms import is_layer_norm
+from microtome.model.specs import FamilySpec
+
+BEFORE_READERS = ("ln1", "ln2", "ln_final")
+AFTER_WRITERS = ("ln1_post", "ln2_post")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What the norm `name` learned. `offset` is what its family adds to the stored weight (Gemma: 1)."""
+
+    name: str
+    module: nn.Module
+    offset: float = 0.0
+
+    @property
+    def weight(self) -> Float[Tensor, " d_model"]:
+        stored = self.module.get_parameter("weight")
+        return stored + self.offset if self.offset else stored
+
+    @property
+    def bias(self) -> Float[Tensor, " d_model"] | None:
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def centres(self) -> bool:
+        return is_layer_norm(self.module)
+
+    def linear(
+        self, x: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*rows one"] | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
+        """What a part x of the norm's input adds to its output while the denominator is held at `scale` (left out: 1).
+
+        Linear in x, so that parts of the input become parts of the output; the bias comes on top, once.
+        """
+        x = x - x.mean(-1, keepdim=True) if self.centres else x
+        return (x if scale is None else x / scale) * self.weight.to(x)
+
+
+@runtime_checkable
+class Form(Protocol):
+    """What becomes of a stored weight. Readers are `[…, d_model, out]`, writers `[…, d_model]`."""
+
+    def reader(self, W: Tensor, norm: Norm | None) -> Tensor: ...
+
+    def reader_bias(self, b: Tensor, W: Tensor, norm: Norm | None) -> Tensor: ...
+
+    def writer(self, W: Tensor) -> Tensor: ...
+
+    def logits(self, W: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class AsStored:
+    """The model's own parameters."""
+
+    def reader(self, W: Tensor, norm: Norm | None) -> Tensor:
+        return W
+
+    def reader_bias(self, b: Tensor, W: Tensor, norm: Norm | None) -> Tensor:
+        return b
+
+    def writer(self, W: Tensor) -> Tensor:
+        return W
+
+    def logits(self, W: Tensor) -> Tensor:
+        return W
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folded:
+    """Copies in `dtype`: readers with `norms` folded in, writers and logits with their mean taken off if so asked."""
+
+    norms: frozenset[str] = frozenset()
+    centre_writing: bool = False
+    centre_unembed: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def reader(self, W: Tensor, norm: Norm | None) -> Tensor:
+        W = W.to(self.dtype)
+        return W if norm is None or norm.name not in self.norms else norm.weight.to(self.dtype)[:, None] * W
+
+    def reader_bias(self, b: Tensor, W: Tensor, norm: Norm | None) -> Tensor:
+        b = b.to(self.dtype)
+        if norm is None or norm.name not in self.norms or norm.bias is None:
+            return b
+        return b + torch.einsum("d,...do->...o", norm.bias.to(self.dtype), W.to(self.dtype))
+
+    def writer(self, W: Tensor) -> Tensor:
+        return self._off_mean(W.to(self.dtype), self.centre_writing)
+
+    def logits(self, W: Tensor) -> Tensor:
+        return self._off_mean(W, self.centre_unembed)
+
+    @staticmethod
+    def _off_mean(W: Tensor, wanted: bool) -> Tensor:
+        return W - W.mean(-1, keepdim=True) if wanted else W
+
+
+def foldable(spec: FamilySpec, wanted: bool | Collection[str]) -> frozenset[str]:
+    """The norms to fold, after checking that they can be. True stands for all norms of the model.
+
+    Raises ModelError for a norm that comes after what it norms was written, and for one that the model has not.
+    """
+    if wanted is False:
+        return frozenset()
+    if not spec.additive:
+        raise ModelError(
+            f"The norms of {spec.name} cannot be folded: each norms the residual stream itself after an addition, and what "
+            "it gives is carried on as well as read",
+            fix="fold_norms=False leaves them alone",
+        )
+    has = {name for name in (*BEFORE_READERS, *AFTER_WRITERS) if getattr(spec, name)}
+    before = tuple(name for name in BEFORE_READERS if name in has)
+    names = has if wanted is True else set(wanted)
+    if late := names & set(AFTER_WRITERS):
+        raise ModelError(
+            f"The norms of {spec.name} after attention and MLP cannot be folded: each divides by the size of the very "
+            "output that its weight would be folded into",
+            got=", ".join(sorted(late)),
+            fix=f"fold_norms={before!r} folds those that can be",
+        )
+    if unknown := names - has:
+        raise ModelError(
+            f"{spec.name} has no such norm", got=", ".join(sorted(unknown)), expected=f"some of {', '.join(before)}"
+        )
+    return frozenset(names)
+
+
+def check_centring(spec: FamilySpec, hf: nn.Module) -> None:
+    """Raises ModelError unless every reader of the residual stream takes its mean off."""
+    reason = None
+    if not spec.additive or any(getattr(spec, name) for name in AFTER_WRITERS):
+        reason = "it norms what is written before (or as) it joins the residual stream"
+    else:
+        readers = {name: getattr(spec, name) for name in BEFORE_READERS if getattr(spec, name)}
+        blocks = [f"{spec.blocks}.0.{path}" for name, path in readers.items() if name != "ln_final"]
+        paths = blocks + ([spec.ln_final] if spec.ln_final else [])
+        if "ln1" not in readers or "ln_final" not in readers:
+            reason = "a part of it reads the residual stream without a norm"
+        elif not all(is_layer_norm(hf.get_submodule(path)) for path in paths):
+            reason = "its norms are RMSNorms, which see the mean of the residual stream"
+    if reason:
+        raise ModelError(f"The writing weights of {spec.name} cannot be centred: {reason}", fix="centre_writing=False")
+
+
+def check_centred_logits(spec: FamilySpec, softcap: float | None) -> None:
+    """Raises ModelError for a model whose logits pass a soft-cap: tanh sees the constant that softmax would not."""
+    if softcap is not None:
+        raise ModelError(
+            f"The unembedding of this {spec.name} model cannot be centred: its logits are soft-capped, and a cap sees a "
+            "constant added to all of them",
+            got=f"final_logit_softcapping={softcap}",
+            fix="centre_unembed=False",
+        )
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Folding in half precision would lose what it is meant to show."""
+    if dtype not in (torch.float32, torch.float64):
+        raise InputError("Folded weights are computed in full precision", got=dtype, expected="float32 or float64")

@@ -210,4 +210,3 @@ def test_weights_are_views_under_the_fields_names(tiny: Make) -> None:
     assert model.W_E.shape == (320, 32)
     assert model.W_U.shape == (32, 320)
     assert model.W_U.data_ptr() == model.W_E.data_ptr(), "tied weights are one"
-    assert model.ln_final_weight.shape == (32,)

@@ -13,7 +13,7 @@ import microtome
 # The names of the contract that exist so far. A name may be added; taking one away breaks somebody's notebook.
 SURFACE = {
     *("open_corpus", "TokenizeConfig", "tokenize_corpus", "TokenDataset"),
-    "load_model",
+    *("load_model", "edits"),
     *("HarvestConfig", "harvest"),
     *("TopKConfig", "TrainConfig", "train", "load_dictionary", "EvaluateConfig", "evaluate"),
     *("IndexConfig", "build_index", "open_index"),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from microtome.features import IndexConfig as IndexConfig
     from microtome.features import build_index as build_index
     from microtome.features import open_index as open_index
+    from microtome.model import edits as edits
     from microtome.model import load_model as load_model
     from microtome.text import TokenDataset as TokenDataset
     from microtome.text import TokenizeConfig as TokenizeConfig
@@ -35,6 +36,7 @@ _HOMES = {
     "tokenize_corpus": "microtome.text",
     "TokenDataset": "microtome.text",
     "load_model": "microtome.model",
+    "edits": "microtome.model",
     "HarvestConfig": "microtome.activations",
     "harvest": "microtome.activations",
     "TopKConfig": "microtome.dictionary",

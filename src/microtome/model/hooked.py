@@ -20,8 +20,12 @@ from microtome.model import prompts
 from microtome.model.anatomy import anatomy
 from microtome.model.cache import ActivationCache
 from microtome.model.capture import Capture, in_graph
+from microtome.model.editing import Edit, Editing
 from microtome.model.factored import FactoredMatrix
+from microtome.model.generation import Generation, Generator, Stream
+from microtome.model.generation_config import GenerateConfig
 from microtome.model.names import HookName, canonical, matches
+from microtome.model.places import Decoding
 from microtome.model.prompts import Prompts, Side
 from microtome.model.specs import FamilySpec, Gated, ModelConfig
 from microtome.model.switchboard import Switchboard
@@ -80,6 +84,7 @@ class HookedModel:
         self._stations = anatomy(spec, self.config)
         self._by_text = {str(name): name for name in self._stations}
         self._run = Run(dtype=hf.dtype)
+        self._decoding = Decoding()
         self._switchboard = Switchboard(hf, self._stations, self._run)
         hf.eval().requires_grad_(False)
 
@@ -281,6 +286,45 @@ class HookedModel:
         silent = [str(tap.name) for tap in taps if tap.name not in fired]
         if silent:
             raise ModelError("A hook point was set and never reached in the run", got=", ".join(silent))
+
+    @contextmanager
+    def edited(self, edits: Edit | Sequence[Edit]) -> Iterator[list[Edit]]:
+        """Within the block, every run, capture, gradient and generation has these edits (`microtome.edits`), in their
+        order. Raises a MicrotomeError for one that cannot be made, or that never took effect."""
+        listed = [edits] if isinstance(edits, Edit) else list(edits)
+        at_work = Editing(
+            [(edit, self.resolve(edit.name)) for edit in listed],
+            self.config,
+            self._decoding,
+            lambda name: HookPoint(name, self._run),
+        )
+        with at_work.around(self.hf), self._switchboard.connected(at_work.taps()):
+            yield listed
+
+    def generate(
+        self, prompt: Input, config: GenerateConfig | None = None, *, stream: Stream | None = None, **settings: Any
+    ) -> str | list[str]:
+        """The text that the model puts behind a prompt, or a list of them for several prompts (which run as one batch).
+
+        Greedy unless told otherwise; `settings` are those of `GenerateConfig`. `stream` gets the text piece by piece.
+        Raises ConfigError for settings that cannot be, InputError for a prompt that is empty or too long.
+        """
+        self._need_tokenizer()
+        texts = [str(made.text) for made in self.generate_details(prompt, config, stream=stream, **settings)]
+        single = isinstance(prompt, str) or (isinstance(prompt, Tensor) and prompt.ndim == 1)
+        return texts[0] if single else texts
+
+    def generate_details(
+        self, prompt: Input, config: GenerateConfig | None = None, *, stream: Stream | None = None, **settings: Any
+    ) -> list[Generation]:
+        """Like `generate`, for each prompt its tokens, the new tokens, their log-probabilities and why they end."""
+        made = GenerateConfig.of(config, settings)
+        plain = Prompts(torch.atleast_2d(prompt)) if isinstance(prompt, Tensor) else prompt
+        given = plain if isinstance(plain, Prompts) else self.prompts(plain, side="left")
+        parts = Generator(
+            hf=self.hf, tokenizer=self.tokenizer, sizes=self.config, name=self.name, decoding=self._decoding
+        )
+        return parts.run(given, made, stream)
 
     def _forward_tap(self, name: HookName, fn: HookFn, fired: set[HookName]) -> Tap:
         point = HookPoint(name, self._run)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from microtome.common.errors import InputError, ModelError
-from microtome.model.folding import AsStored, Form, Norm
+from microtome.model.folding import AsStored, Form, Norm, norms_of
 from microtome.model.specs import Dense, Experts, FamilySpec, Gated, ModelConfig, Part, projection
 
 
@@ -52,7 +52,7 @@ class BlockWeights:
 
     @property
     def W_O(self) -> Float[Tensor, "n_heads d_head d_model"]:  # noqa: N802
-        W_O: Tensor = self.form.writer(self._matrix(self.spec.o))
+        W_O: Tensor = self.form.writer(self._matrix(self._output()))
         return W_O.view(self.config.n_heads, self.config.d_head, -1)
 
     @property
@@ -69,7 +69,7 @@ class BlockWeights:
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:  # noqa: N802
-        return self.form.writer(self._stored_bias(self.spec.o))
+        return self.form.writer(self._stored_bias(self._output()))
 
     def of(self, part: Part) -> tuple[Tensor, Tensor]:
         """Weight and bias of one projection of q, k or v: `[head, d_model, d_head]` and `[head, d_head]`."""
@@ -135,13 +135,22 @@ class BlockWeights:
 
     def norm(self, name: str) -> Norm | None:
         """The norm `"ln1"`, `"ln2"`, `"ln1_post"` or `"ln2_post"`; None if the block has none of that name."""
-        path = getattr(self.spec, name)
-        return Norm(name, self.module.get_submodule(path), self.spec.norm_offset) if path else None
+        if name not in norms_of(self.spec):
+            return None
+        return Norm(name, self.module.get_submodule(getattr(self.spec, name)), self.spec.norm_offset)
 
     # ---- how --------------------------------------------------------------------------------------------------------
 
+    def _output(self) -> str:
+        """The path of the attention's output map. Raises ModelError for a block without attention."""
+        if not self.spec.has_attn:
+            raise ModelError("The blocks of this model have no attention", fix="Its weights are W_in and W_out")
+        return self.spec.o
+
     def _mlp(self) -> Dense | Gated:
         mlp = self.spec.mlp
+        if not self.spec.has_mlp:
+            raise ModelError("The blocks of this model have no MLP", fix="Their weights are W_Q, W_K, W_V and W_O")
         if isinstance(mlp, Experts):
             raise ModelError(
                 "The MLP is a mixture of experts: it has no single weight matrix", fix="experts(j) has one"
@@ -168,12 +177,10 @@ class BlockWeights:
 
     def _stored(self, part: Part) -> tuple[Tensor, Tensor]:
         """The model's own weight and bias of one projection."""
-        if part in ("gate", "up"):
-            mlp = self._mlp()
-            if part == "gate" and isinstance(mlp, Dense):
-                raise ModelError(
-                    f"The MLP of the family {self.spec.name} has no gate", fix="Its input weights are W_in"
-                )
+        if part in ("q", "k", "v"):
+            self._output()
+        elif isinstance(self._mlp(), Dense) and part == "gate":
+            raise ModelError(f"The MLP of the family {self.spec.name} has no gate", fix="Its input weights are W_in")
         path, view = projection(self.spec, self.config, part)
         W, b = view.read(self._matrix(path)), view.read(self._stored_bias(path))
         return (W.transpose(0, 1) if part in ("q", "k", "v") else W), b

@@ -66,6 +66,7 @@ class ResidualStream:
     def accumulated(self, layer: int | None = None, *, mid: bool = False) -> Decomposition:
         """The stream at each depth up to the input of block `layer`: `"0_pre", "1_pre", …, "final_post"`. With `mid` also
         between attention and MLP of every block before it (`"0_mid"`)."""
+        self._check_blocks()
         n = self._n_layers
         last = self._layer(layer)
         if mid:
@@ -87,13 +88,15 @@ class ResidualStream:
         block's input.
         """
         self._check_additive()
-        places = [("embed", _name(0, "hook_resid_pre"))]
-        if self.weights.spec.pos_embed:
+        spec = self.weights.spec
+        places = [("embed", _name(0, "hook_resid_pre") if self._n_layers else "hook_embed")]
+        if spec.pos_embed and not spec.shortformer:
             places = [("embed", "hook_embed"), ("pos_embed", "hook_pos_embed")]
         last = self._layer(layer, mid=mid)
         for block in range(last + mid):
-            places.append((f"{block}_attn_out", _name(block, "hook_attn_out")))
-            if block < last:
+            if spec.has_attn:
+                places.append((f"{block}_attn_out", _name(block, "hook_attn_out")))
+            if spec.has_mlp and block < last:
                 places.append((f"{block}_mlp_out", _name(block, "hook_mlp_out")))
         labels, names = zip(*places, strict=True)
         found = self._get(names)
@@ -104,6 +107,8 @@ class ResidualStream:
         """`"L0H0"`, `"L0H1"`, … for the heads of every block before the place (with `mid` of its own too), then
         `"b_O"`, the attention biases of all of them, and `"remainder"`, all else."""
         self._check_additive()
+        if not self.weights.spec.has_attn:
+            raise ModelError("The blocks of this model have no attention, and so no heads")
         config = self.weights.config
         blocks = range(self._layer(layer, mid=mid) + mid)
         residual = self._residual(layer, mid=mid, also=self._writer_names(blocks, "attn.hook_z", "ln1_post"))
@@ -188,6 +193,12 @@ class ResidualStream:
     def _n_layers(self) -> int:
         return self.weights.config.n_layers
 
+    def _check_blocks(self) -> None:
+        if self._n_layers == 0:
+            raise ModelError(
+                "This model has no blocks: its stream is the embedding", fix="decompose_residual() gives it"
+            )
+
     def _layer(self, layer: int | None, *, mid: bool = False) -> int:
         """The layer of a place, n_layers for the end."""
         n = self._n_layers
@@ -204,6 +215,7 @@ class ResidualStream:
 
     def _residual(self, layer: int | None, *, mid: bool, also: Sequence[str]) -> Tensor:
         """The stream at a place, in full precision, after checking that the activations `also` are there."""
+        self._check_blocks()
         last = self._layer(layer)
         name = _name(last, "hook_resid_mid" if mid else "hook_resid_pre")
         before = _name(last - 1, "hook_resid_post")
@@ -230,10 +242,11 @@ class ResidualStream:
 
     def _check_serial(self) -> None:
         spec = self.weights.spec
-        if spec.parallel or not (spec.ln2 or spec.mid):
-            why = "work in parallel" if spec.parallel else "share their norms with the stream"
+        if spec.parallel or not (spec.has_attn and spec.has_mlp and (spec.ln2 or spec.mid)):
             raise ModelError(
-                f"Attention and MLP of {spec.name} {why}: there is no stream between them", fix="mid=False"
+                f"The blocks of {spec.name} have no point between attention and MLP",
+                got="attention and MLP in parallel" if spec.parallel else None,
+                fix="mid=False",
             )
 
     def _check_neurons(self, neurons: Sequence[tuple[int, int]], last: int) -> None:

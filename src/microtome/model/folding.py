@@ -22,7 +22,6 @@ from microtome.common.errors import InputError, ModelError
 from microtome.model.norms import is_layer_norm
 from microtome.model.specs import FamilySpec
 
-BEFORE_READERS = ("ln1", "ln2", "ln_final")
 AFTER_WRITERS = ("ln1_post", "ln2_post")
 
 
@@ -119,6 +118,13 @@ class Folded:
         return W - W.mean(-1, keepdim=True) if wanted else W
 
 
+def norms_of(spec: FamilySpec) -> list[str]:
+    """The norms that a model of the family has, in the order of its forward pass."""
+    has_part = {"ln1": spec.has_attn, "ln1_post": spec.has_attn, "ln2": spec.has_mlp, "ln2_post": spec.has_mlp}
+    names = ("ln1", "ln1_post", "ln2", "ln2_post", "ln_final")
+    return [name for name in names if getattr(spec, name) and has_part.get(name, True)]
+
+
 def foldable(spec: FamilySpec, wanted: bool | Collection[str]) -> frozenset[str]:
     """The norms to fold, after checking that they can be. True stands for all norms of the model.
 
@@ -132,9 +138,9 @@ def foldable(spec: FamilySpec, wanted: bool | Collection[str]) -> frozenset[str]
             "it gives is carried on as well as read",
             fix="fold_norms=False leaves them alone",
         )
-    has = {name for name in (*BEFORE_READERS, *AFTER_WRITERS) if getattr(spec, name)}
-    before = tuple(name for name in BEFORE_READERS if name in has)
-    names = has if wanted is True else set(wanted)
+    has = norms_of(spec)
+    before = tuple(name for name in has if name not in AFTER_WRITERS and not (name == "ln1" and spec.shortformer))
+    names = set(has if wanted is True else wanted)
     if late := names & set(AFTER_WRITERS):
         raise ModelError(
             f"The norms of {spec.name} after attention and MLP cannot be folded: each divides by the size of the very "
@@ -142,7 +148,12 @@ def foldable(spec: FamilySpec, wanted: bool | Collection[str]) -> frozenset[str]
             got=", ".join(sorted(late)),
             fix=f"fold_norms={before!r} folds those that can be",
         )
-    if unknown := names - has:
+    if spec.shortformer and "ln1" in names:
+        raise ModelError(
+            f"ln1 of this {spec.name} model cannot be folded: queries and keys read its output plus the positions",
+            fix=f"fold_norms={before!r} folds those that can be",
+        )
+    if unknown := names - set(has):
         raise ModelError(
             f"{spec.name} has no such norm", got=", ".join(sorted(unknown)), expected=f"some of {', '.join(before)}"
         )
@@ -152,16 +163,15 @@ def foldable(spec: FamilySpec, wanted: bool | Collection[str]) -> frozenset[str]
 def check_centring(spec: FamilySpec, hf: nn.Module) -> None:
     """Raises ModelError unless every reader of the residual stream takes its mean off."""
     reason = None
-    if not spec.additive or any(getattr(spec, name) for name in AFTER_WRITERS):
+    norms = norms_of(spec)
+    if not spec.additive or any(name in AFTER_WRITERS for name in norms):
         reason = "it norms what is written before (or as) it joins the residual stream"
-    else:
-        readers = {name: getattr(spec, name) for name in BEFORE_READERS if getattr(spec, name)}
-        blocks = [f"{spec.blocks}.0.{path}" for name, path in readers.items() if name != "ln_final"]
-        paths = blocks + ([spec.ln_final] if spec.ln_final else [])
-        if "ln1" not in readers or "ln_final" not in readers:
-            reason = "a part of it reads the residual stream without a norm"
-        elif not all(is_layer_norm(hf.get_submodule(path)) for path in paths):
-            reason = "its norms are RMSNorms, which see the mean of the residual stream"
+    elif spec.ln_final is None or (spec.has_attn and "ln1" not in norms):
+        reason = "a part of it reads the residual stream without a norm"
+    elif not is_layer_norm(hf.get_submodule(spec.ln_final)):  # a model's norms are all of one kind
+        reason = "its norms are RMSNorms, which see the mean of the residual stream"
+    elif spec.shortformer:
+        reason = "its positions are added to what queries and keys read, behind the norm"
     if reason:
         raise ModelError(f"The writing weights of {spec.name} cannot be centred: {reason}", fix="centre_writing=False")
 

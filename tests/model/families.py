@@ -135,19 +135,24 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(kind: str, dtype: torch.dtype = torch.float32, tokenizer: Any = None, seed: int = 0) -> HookedModel:
+def make(
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
+    seed: int = 0,
+    activation: str | None = None,
+) -> HookedModel:
     """A random three-layer model; the same for the same kind and seed. All weights and biases are away from zero."""
     model_type, settings = KINDS[kind]
+    if activation and model_type == "opt":
+        settings = settings | {"activation_function": activation}
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)
     hf = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for name, parameter in hf.named_parameters():
-            spread = 0.1 if parameter.ndim == 1 else 0.3
-            parameter.add_(torch.randn_like(parameter) * spread) if parameter.ndim == 1 else parameter.copy_(
-                torch.randn_like(parameter) * spread
-            )
-            del name
+        for parameter in hf.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(parameter + noise * 0.1 if parameter.ndim == 1 else noise * 0.3)
     spec = family_of(config)
     assert spec is not None
     return HookedModel(hf.to(dtype), tokenizer, name=kind, spec=spec)

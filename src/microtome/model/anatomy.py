@@ -43,7 +43,7 @@ def _outside_blocks(spec: FamilySpec) -> Found:
         yield _whole(HookName("hook_pos_embed"), spec.pos_embed)
     if spec.ln_final:
         yield _norm("ln_final", spec.ln_final, spec, None)
-    yield _whole(HookName("unembed.hook_in"), spec.unembed, "input")
+    yield _whole(HookName("unembed.hook_in"), spec.unembed_in or spec.unembed, "input")
     yield _whole(HookName("unembed.hook_out"), spec.unembed)
 
 

@@ -57,18 +57,19 @@ class KernelMode(TorchFunctionMode):
         if taps := self.taps.get("rot_q"):
             shown = query.transpose(1, 2).to(self.dtype)
             answer, needed = visit(taps, shown)
-            query = answer.transpose(1, 2).to(query.dtype) if needed else query
+            query = _laid_like(query, answer.transpose(1, 2)) if needed else query
         if taps := self.taps.get("rot_k"):
             copies = key.shape[1] // self.config.n_kv_heads
             answer, needed = visit(taps, key[:, ::copies].transpose(1, 2).to(self.dtype))
-            key = answer.transpose(1, 2).repeat_interleave(copies, dim=1).to(key.dtype) if needed else key
+            key = _laid_like(key, answer.transpose(1, 2).repeat_interleave(copies, dim=1)) if needed else key
         return query, key
 
     def _softmax(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The model's own softmax over scores, which its libraries mask with the smallest finite number."""
         scores: Tensor = args[0]
         if taps := self.taps.get("scores"):
-            masked = scores.masked_fill(scores <= torch.finfo(self.dtype).min / 2, -torch.inf)
+            far = -3e4 if self.dtype == torch.float16 else -1e30  # half the smallest number of float16; of the others
+            masked = scores.masked_fill(scores < far, -torch.inf)
             masked = masked.to(self.dtype)
             answer, needed = visit(taps, for_taps(taps, masked))
             if needed:
@@ -121,3 +122,8 @@ def masked_scores(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bo
 def attention_pattern(scores: Tensor) -> Tensor:
     """Softmax over keys in float32, in the scores' dtype; zeros for a query that may look nowhere."""
     return scores.softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(scores.dtype)
+
+
+def _laid_like(old: Tensor, new: Tensor) -> Tensor:
+    """`new` in the dtype and memory layout of `old`: products of other layouts differ in their last bit."""
+    return torch.empty_like(old).copy_(new)

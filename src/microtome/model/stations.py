@@ -7,7 +7,7 @@ one go and are opened where they are: norms, the attention kernel, the inputs an
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ Taps = Mapping[HookName, Sequence[Tap]]
 Handles = Iterator["RemovableHandle | Undo"]
 
 
+@runtime_checkable
 class Station(Protocol):
     """Opens its hook points in `hf` for some taps, until the handles are removed."""
 

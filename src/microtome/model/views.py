@@ -5,12 +5,13 @@ the autograd graph whole.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
+@runtime_checkable
 class View(Protocol):
     """How to read an activation from a module's tensor, and how to write another one in its place."""
 

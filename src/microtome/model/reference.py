@@ -19,7 +19,7 @@ SoLU: transformer-circuits.pub/2022/solu.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -134,6 +134,7 @@ def norm(config: ReferenceConfig) -> nn.Module | None:
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class KVCache(Protocol):
     """The keys and values of earlier positions, kept while generating so that they are not computed again."""
 
@@ -188,7 +189,8 @@ class Attention(nn.Module):
 
     def heads(self, x: Float[Tensor, "batch pos columns"]) -> Float[Tensor, "batch heads pos d_head"]:
         """The columns of a linear map's output, cut into heads."""
-        return x.unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
+        cut: Tensor = x.unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
+        return cut
 
 
 def rotate(

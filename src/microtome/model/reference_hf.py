@@ -34,11 +34,12 @@ class ReferenceHFConfig(PreTrainedConfig):
 
     model_type = REFERENCE.model_types[0]
     keys_to_ignore_at_inference = ("past_key_values",)
+    __no_type_check__ = True  # the library's own `__init__` takes more than its signature says
     reference: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, config: ReferenceConfig, **settings: Any) -> "ReferenceHFConfig":
-        return cls(reference=to_dict(config), tie_word_embeddings=config.tied, **settings)
+        return cls(**{"reference": to_dict(config), "tie_word_embeddings": config.tied, **settings})
 
     @property
     def sizes(self) -> ReferenceConfig:
@@ -81,7 +82,7 @@ class ReferenceTransformer(PreTrainedModel, GenerationMixin):
     def __init__(self, config: ReferenceHFConfig, seed: int = 0) -> None:
         super().__init__(config)
         self.transformer = Transformer(config.sizes, seed)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: `Transformer` sets its own first weights."""
@@ -124,12 +125,11 @@ class ReferenceTransformer(PreTrainedModel, GenerationMixin):
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=logits.shape[-1])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """What each step is called with: without attention there is no past to keep, so whole sequences."""
         if self.config.sizes.mlp_only or self.config.sizes.n_layers == 0:
-            return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask"), "use_cache": False}
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        return inputs
+            kwargs |= {"next_sequence_length": None, "past_key_values": None, "use_cache": False}
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]  # mypy sees `self` twice
 
     # ---- weights of other models ------------------------------------------------------------------------------------
 
@@ -156,7 +156,8 @@ class ReferenceTransformer(PreTrainedModel, GenerationMixin):
             weights |= {f"{ours}.{name}": p for name, p in hf.get_submodule(theirs).named_parameters()}
         copy.transformer.load_state_dict(weights)
         copy.generation_config = hf.generation_config
-        return copy.to(device=model.device, dtype=model.dtype)  # type: ignore[no-any-return]
+        nn.Module.to(copy, device=model.device, dtype=model.dtype)
+        return copy
 
 
 def _block(weights: BlockWeights, config: ReferenceConfig) -> dict[str, Tensor]:
@@ -210,13 +211,17 @@ def reference_config(model: HookedModel) -> ReferenceConfig:
             biases=bool(hf.attention_bias or hf.mlp_bias),
         )
     raise ModelError(
-        f"The reference cannot take the weights of {model.name}", got=f"family {model.spec.name}", expected="gpt2 or llama"
+        f"The reference cannot take the weights of {model.name}",
+        got=f"family {model.spec.name}",
+        expected="gpt2 or llama",
     )
 
 
 def _same(setting: str, got: object, expected: tuple[object, ...]) -> None:
     if got not in expected:
-        raise ModelError(f"The reference does not have this setting: {setting}", got=got, expected=" or ".join(map(str, expected)))
+        raise ModelError(
+            f"The reference does not have this setting: {setting}", got=got, expected=" or ".join(map(str, expected))
+        )
 
 
 def register() -> None:

@@ -231,12 +231,13 @@ def _check_value(edit: Edit, value: Tensor, name: HookName, sizes: Sequence[int 
     most = len(sizes) + (2 if laid and name.axes != ROUTED else 0 if laid else 1)
     fits = value.ndim <= most and (edit.kind != "resample" or value.ndim == most)
     with_positions = value.ndim > len(sizes)
-    for got, size in zip(reversed(value.shape), reversed(sizes), strict=False):
+    faced = facing(name, value) if laid and value.ndim == len(name.axes) else value
+    for got, size in zip(reversed(faced.shape), reversed(sizes), strict=False):
         free = size is None and (name.axes != PATTERN or with_positions)
         fits &= got == 1 or free or got == size
     if not fits:
         wanted = ["any" if size is None else str(size) for size in sizes]
-        axes = ["batch", "pos", *wanted] if laid else wanted
+        axes = list(name.axes) if name.axes == PATTERN else ["batch", "pos", *wanted] if laid else wanted
         expected = f"[{', '.join(axes)}]" + (", or the last axes of it" if laid and edit.kind != "resample" else "")
         raise InputError(f"The {what} of {edit.kind} does not fit {name}", got=list(value.shape), expected=expected)
 
@@ -384,7 +385,8 @@ def cycle(n: int, seed: int) -> Tensor:
 def facing(name: HookName, activation: Tensor, *, back: bool = False) -> Tensor:
     """An activation as `[batch, pos, …, units]`: heads behind queries, and a place for experts' missing axis. Or `back`."""
     if name.axes == PATTERN:
-        return activation.transpose(1, 2)
+        turned = activation.transpose(1, 2)
+        return turned.contiguous() if back else turned  # models take views of what they get back
     if name.axes == ROUTED:
         return activation.squeeze(1) if back else activation.unsqueeze(1)
     return activation

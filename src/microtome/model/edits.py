@@ -232,9 +232,10 @@ def _edit(row: Any, i: int, tensors: dict[str, Tensor]) -> Edit:
     numbers = {key: _number(key, value) for key, value in row["numbers"].items()}
     mine = [key for key in tensors if key.startswith(f"{i}.")]
     own = {key.partition(".")[2]: tensors.pop(key) for key in mine}
-    if row["kind"] == "fn" or (bool(own) != bool(KINDS[row["kind"]].tensor) and row["kind"] != "clamp"):
-        raise ConfigError(f"The {row['kind']} edit at {row['name']} lacks a part or has one too many")
-    return Edit(row["kind"], str(row["name"]), where, numbers, own)
+    made = Edit(row["kind"], str(row["name"]), where, numbers, own)
+    if made.kind == "fn" or (bool(own) != bool(KINDS[made.kind].tensor) and made.kind != "clamp"):
+        raise ConfigError(f"The {made.kind} edit at {made.name} lacks a part or has one too many")
+    return made
 
 
 def _exactly(data: Any, keys: set[str]) -> dict[str, Any]:

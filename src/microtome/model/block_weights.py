@@ -1,7 +1,8 @@
 """The weights of one block in TransformerLens's layout, as views of the model's own parameters.
 
 Readers of the residual stream are input first, `[head, d_model, d_head]` or `[d_model, d_mlp]`, writers end in `d_model`.
-With a `form` (`folding.py`) they are copies with norms folded in or means taken off.
+With a `form` (`folding.py`) they are copies with norms folded in or means taken off. One is a copy in any form: W_Q of the
+larger Falcons, whose query heads lie in groups with a key and a value in between.
 """
 
 from dataclasses import dataclass, field

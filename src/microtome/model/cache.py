@@ -3,6 +3,7 @@ apart (`decomposition.py`)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -41,11 +42,22 @@ class ActivationCache(Mapping[str, Tensor]):
     # ---- a mapping --------------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: Key) -> Tensor:
-        for candidate in self._spellings(key):
-            if candidate in self._by_name:
-                return self._by_name[candidate]
+        found = self._find(key)
+        if found is not None:
+            return found
         shown = f"blocks.{key[1]}.{key[0]}" if isinstance(key, tuple) else str(key)
         raise unknown_name("activation in this cache", shown, self._by_name, ModelError)
+
+    def get(self, key: Key, default: Any = None, /) -> Any:
+        """The activation, or `default` if it was not kept."""
+        found = self._find(key)
+        return default if found is None else found
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str | tuple | HookName) and self._find(key) is not None
+
+    def _find(self, key: Key) -> Tensor | None:
+        return next((self._by_name[name] for name in self._spellings(key) if name in self._by_name), None)
 
     def _spellings(self, key: Key) -> list[str]:
         if isinstance(key, tuple):
@@ -59,9 +71,6 @@ class ActivationCache(Mapping[str, Tensor]):
     def _canonical(self, text: str) -> str:
         gated = self._weights is not None and isinstance(self._weights.spec.mlp, Gated)
         return canonical(text, gated=gated)
-
-    def __contains__(self, key: object) -> bool:
-        return isinstance(key, str | tuple | HookName) and any(name in self._by_name for name in self._spellings(key))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)

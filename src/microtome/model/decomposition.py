@@ -132,13 +132,14 @@ class ResidualStream:
         last = self._layer(layer, mid=mid)
         self._check_neurons(neurons, last)
         blocks = sorted({block for block, _ in neurons})
+        W_out = {block: self.weights.block(block).W_out for block in blocks}
         residual = self._residual(layer, mid=mid, also=self._writer_names(blocks, "mlp.hook_post", "ln2_post"))
         values = residual.new_zeros(len(neurons) + 1, *residual.shape)
         for block in blocks:
             rows = [i for i, (of, _) in enumerate(neurons) if of == block]
             chosen = [neurons[i][1] for i in rows]
             post = self.activations[_name(block, "mlp.hook_post")][..., chosen].to(residual)
-            writes = self.weights.block(block).W_out[chosen].to(residual)
+            writes = W_out[block][chosen].to(residual)
             values[rows] = self._written(torch.einsum("bpn,nd->nbpd", post, writes), block, "ln2_post")
         values[-1] = residual - values[:-1].sum(0)
         return Decomposition((*(f"L{block}N{neuron}" for block, neuron in neurons), "remainder"), values)

@@ -99,14 +99,18 @@ class FactoredMatrix:
         """Index as if it were the product. Rows and columns given as slices or lists leave it factored; a single row or
         column gives the tensor."""
         keys = list(key) if isinstance(key, tuple) else [key]
-        if ... in keys:
-            at = keys.index(...)
+        for at in [i for i, k in enumerate(keys) if k is ...][:1]:
             keys[at : at + 1] = [slice(None)] * (self.ndim - len(keys) + 1)
         if len(keys) > self.ndim:
             raise InputError("Too many indices", got=len(keys), expected=f"at most {self.ndim}, for {list(self.shape)}")
         keys += [slice(None)] * (self.ndim - len(keys))
-        *lead, row, column = keys
-        A, B = self.A[tuple(lead)], self.B[tuple(lead)]
+        try:
+            return self._part(tuple(keys[:-2]), keys[-2], keys[-1])
+        except IndexError as error:
+            raise InputError(f"There is no such part of a product of shape {list(self.shape)}", got=key) from error
+
+    def _part(self, lead: tuple[Any, ...], row: Any, column: Any) -> Any:
+        A, B = self.A[lead], self.B[lead]
         if isinstance(row, int) and isinstance(column, int):
             return (A[..., row, :] * B[..., :, column]).sum(-1)
         if isinstance(row, int):

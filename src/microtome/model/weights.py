@@ -41,7 +41,7 @@ class PerLayer:
     name: str
     copies: int = 1
 
-    def __getitem__(self, key: int | tuple[int | Index, ...]) -> Tensor:
+    def __getitem__(self, key: Index | tuple[Index, ...]) -> Tensor:
         """The weight of a layer (negative: from the end), or what further indices choose of it.
 
         Raises InputError for a layer or head that is not there.

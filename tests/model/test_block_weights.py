@@ -132,6 +132,18 @@ def test_weights_that_are_not_there() -> None:
         captured("mixtral").model.weights.block(0).experts(4)
 
 
+def test_weights_that_no_view_can_show() -> None:
+    model = make("llama")
+    block = model.hf.get_submodule("model.layers.1")
+    eight_bit = torch.zeros(32, 32, dtype=torch.int8)
+    block.self_attn.o_proj.weight = torch.nn.Parameter(eight_bit, requires_grad=False)  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match="quantised.*torch.int8"):
+        _ = model.W_O[1]
+    block.to("meta")
+    with pytest.raises(ModelError, match="left on the disk"):
+        _ = model.W_in[1]
+
+
 def test_blocks_that_lack_a_part() -> None:
     mlp = ReferenceConfig(d_vocab=50, n_ctx=16, n_layers=1, d_model=8, d_mlp=16)
     mlp_only = ReferenceTransformer.build(mlp).hooked()

@@ -189,13 +189,7 @@ class BlockWeights:
     def _matrix(self, path: str) -> Float[Tensor, "d_in d_out"]:
         """The weight of a linear map, input first. GPT-2's `Conv1D` stores it so, `Linear` the other way round."""
         module = self.module.get_submodule(path)
-        weight = module.get_parameter("weight")
-        if not weight.is_floating_point():
-            raise ModelError(
-                "The weights are quantised: there is no view of them",
-                got=str(weight.dtype),
-                fix="Load with a float dtype",
-            )
+        weight = parameter(module)
         return weight if isinstance(module, Conv1D) else weight.T
 
     def _stored_bias(self, path: str) -> Float[Tensor, " d_out"]:
@@ -204,3 +198,15 @@ class BlockWeights:
             return bias
         weight = self._matrix(path)
         return torch.zeros(weight.shape[1], dtype=weight.dtype, device=weight.device)
+
+
+def parameter(module: nn.Module) -> Tensor:
+    """The weight of a module. Raises ModelError for one that no view can show: quantised, or kept on the disk."""
+    weight = module.get_parameter("weight")
+    if not weight.is_floating_point():
+        raise ModelError(
+            "The weights are quantised: there is no view of them", got=str(weight.dtype), fix="Load with a float dtype"
+        )
+    if weight.is_meta:
+        raise ModelError("This weight was left on the disk by device_map", fix="Give the model more memory")
+    return weight

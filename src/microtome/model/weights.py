@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from microtome.common.errors import InputError, ModelError
-from microtome.model.block_weights import BlockWeights
+from microtome.model.block_weights import BlockWeights, parameter
 from microtome.model.factored import FactoredMatrix
 from microtome.model.folding import (
     AsStored,
@@ -207,7 +207,7 @@ class Weights:
         return self._table(self.spec.unembed_in).T @ stored if self.spec.unembed_in else stored
 
     def _table(self, module: str) -> Float[Tensor, "rows columns"]:
-        return self.hf.get_submodule(module).get_parameter("weight")
+        return parameter(self.hf.get_submodule(module))
 
     # ---- circuits ---------------------------------------------------------------------------------------------------
 

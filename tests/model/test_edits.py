@@ -61,9 +61,9 @@ TWINS = {
     "mean": (
         edits.mean(Z, noise(4, 8), head=2, positions=[4]),
         Z,
-        _at(lambda x: noise(4, 8)[2].expand_as(x), ALL, 4, 2),
+        _at(noise(4, 8)[2].expand_as, ALL, 4, 2),
     ),
-    "mean of a head": (edits.mean(Z, noise(8), head=1), Z, _at(lambda x: noise(8).expand_as(x), ALL, ALL, 1)),
+    "mean of a head": (edits.mean(Z, noise(8), head=1), Z, _at(noise(8).expand_as, ALL, ALL, 1)),
     "scale": (edits.scale(RESID, 0.5, positions=slice(2, 5), rows=0), RESID, _at(lambda x: x * 0.5, 0, slice(2, 5))),
     "steer": (edits.steer(RESID, noise(32), scale=3, rows=[0, 2]), RESID, _at(lambda x: x + 3.0 * noise(32), [0, 2])),
     "patch": (
@@ -397,7 +397,7 @@ def test_no_file_another_file_and_code_are_refused(tmp_path: Path) -> None:
         (lambda: edits.zero("blocks.*.hook_nothing"), ModelError, "matches"),
         (lambda: edits.zero("hook_tokens", units=[1]), ModelError, "whole numbers"),
         (lambda: edits.zero(Z, head=1, heads=[2]), ConfigError, "either head or heads"),
-        (lambda: edits.zero(Z, row=1), ConfigError, "'rows'"),
+        (lambda: edits.zero(Z, row=1), ConfigError, "'rows'"),  # type: ignore[call-arg]
         (lambda: edits.zero(Z, rows=[]), ConfigError, "whole numbers"),
         (lambda: edits.zero(Z, rows=[1, 1]), ConfigError, "twice"),
         (lambda: edits.zero(Z, positions=slice(5, 1, -1)), ConfigError, "goes forward"),

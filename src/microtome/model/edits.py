@@ -34,6 +34,21 @@ from microtome.model.places import Where
 from microtome.model.prompts import Prompts
 from microtome.text import TokenDataset
 
+__all__ = [
+    "Edit",
+    "clamp",
+    "fn",
+    "load",
+    "mean",
+    "mean_of",
+    "patch",
+    "project_out",
+    "resample",
+    "save",
+    "scale",
+    "steer",
+]
+__all__ += ["zero"]
 Name = str | HookName
 Source = Tensor | Mapping[str, Tensor]
 FORMAT = 1

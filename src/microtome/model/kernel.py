@@ -90,11 +90,18 @@ class KernelMode(TorchFunctionMode):
         is_causal: bool = False,
         **kwargs: Any,
     ) -> Tensor:
+        packed, n_heads = query.shape, self.config.n_heads
+        if packed[1] < n_heads:  # while decoding, the library may give a group's heads as the queries of one head
+            query = query.reshape(packed[0], n_heads, 1, packed[-1])
         query, key = self._rotated(query, key)
-        output = functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        output = functional.scaled_dot_product_attention(
+            query.reshape(packed), key, value, attn_mask, dropout_p, is_causal, **kwargs
+        )
         on_scores, on_pattern = self.taps.get("scores", ()), self.taps.get("pattern", ())
         if not on_scores and not on_pattern:
             return output
+        if attn_mask is not None and 1 < attn_mask.shape[1] < n_heads:
+            attn_mask = attn_mask.reshape(packed[0], n_heads, 1, -1)
         scores = masked_scores(query, key, attn_mask, is_causal, kwargs.get("scale"))
         seen_scores, scores_needed = visit(on_scores, for_taps(on_scores, scores))
         pattern = attention_pattern(seen_scores)
@@ -102,8 +109,9 @@ class KernelMode(TorchFunctionMode):
         if not scores_needed and not pattern_needed:
             return output
         new = seen @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-        changed = ((seen_scores != scores) | (seen != pattern)).any(-1, keepdim=True)
-        return splice(output, new, changed, whole=any_through([*on_scores, *on_pattern]) or new.requires_grad)
+        changed = ((seen_scores != scores) | (seen != pattern)).any(-1, keepdim=True).reshape(*output.shape[:-1], 1)
+        whole = any_through([*on_scores, *on_pattern]) or new.requires_grad
+        return splice(output, new.reshape(output.shape), changed, whole=whole)
 
 
 def masked_scores(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:

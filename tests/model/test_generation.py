@@ -1,0 +1,496 @@
+"""Generation: with cache as without, padded as alone, each setting against its definition, streams against whole texts."""
+
+import itertools
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from tests.model.families import KINDS, make
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from microtome.common.errors import ConfigError, InputError, MicrotomeError, ModelError
+from microtome.model import HookedModel, edits
+from microtome.model.generation import Generation
+from microtome.model.generation_config import GenerateConfig
+from microtome.model.prompts import Prompts
+
+TOKENS = torch.tensor([[0, 17, 45, 80, 301, 12, 33], [0, 9, 9, 250, 61, 7, 100]])
+EVERY = pytest.mark.parametrize("kind", list(KINDS))
+RESID = "blocks.1.hook_resid_post"
+CACHE = pytest.mark.parametrize("use_cache", [True, False])
+
+
+@cache
+def model_of(kind: str) -> HookedModel:
+    return make(kind)
+
+
+def ids(made: list[Generation]) -> list[list[int]]:
+    return [row.tokens.tolist() for row in made]
+
+
+def greedy_by_hand(
+    model: HookedModel, tokens: Tensor, n: int, change: Callable[[Tensor], Tensor] = lambda x: x
+) -> list[int]:
+    """One text `[pos]`, a full forward pass for each token, up to an end token."""
+    row = tokens.tolist()
+    ends = model.hf.generation_config.eos_token_id
+    for _ in range(n):
+        row.append(int(change(model(torch.tensor([row]))[0, -1]).argmax()))
+        if row[-1] == ends:
+            break
+    return row[len(tokens) :]
+
+
+# ---- the same with and without a cache, alone and padded ----------------------------------------------------------------
+
+
+@EVERY
+def test_greedy_text_is_the_one_made_by_hand(kind: str) -> None:
+    model = model_of(kind)
+    wanted = [greedy_by_hand(model, row, 8) for row in TOKENS]
+    assert ids(model.generate_details(TOKENS, max_new_tokens=8)) == wanted
+    assert ids(model.generate_details(TOKENS, max_new_tokens=8, use_cache=False)) == wanted
+
+
+@EVERY
+def test_padding_changes_nothing(kind: str) -> None:
+    model = model_of(kind)
+    rows = [[0, 17, 45, 80, 301, 12, 33], [0, 9, 250], [0, 7, 5, 5, 8]]
+    tokens, mask = torch.full((3, 7), 1), torch.zeros(3, 7, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
+    settings: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram": 2,
+        "frequency_penalty": 0.2,
+    }
+    together = model.generate_details(Prompts(tokens, mask), **settings)
+    for row, made in zip(rows, together, strict=True):
+        [alone] = model.generate_details(torch.tensor(row), **settings)
+        assert made.tokens.tolist() == alone.tokens.tolist()
+        assert made.prompt_tokens.tolist() == row
+        torch.testing.assert_close(made.logprobs, alone.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def _edits_of(model: HookedModel) -> dict[str, list[edits.Edit]]:
+    d, d_head = model.config.d_model, model.config.d_head
+    vector = torch.randn(d, generator=torch.Generator().manual_seed(3))
+    keys = torch.randn(d_head, generator=torch.Generator().manual_seed(4))
+    rotated = "rot_k" if model.spec.rotary else "k"
+    pattern = model.run_with_cache(TOKENS, "blocks.1.attn.hook_pattern")[1]
+    return {
+        "stream everywhere": [edits.steer("blocks.1.hook_resid_post", vector)],
+        "prompt positions": [edits.steer("blocks.1.hook_resid_post", vector, scale=3, positions=[-1, 2])],
+        "new positions": [edits.steer("blocks.0.hook_resid_post", vector, positions=slice(8, 10), rows=1)],
+        "a new position": [edits.zero("blocks.1.hook_mlp_out", positions=[8])],
+        "keys": [edits.steer(f"blocks.1.attn.hook_{rotated}", keys, head=0, positions=[5, 6])],
+        "pattern": [edits.zero("blocks.1.attn.hook_pattern", heads=[1, 2], units=[6])],
+        "pattern of new queries": [edits.scale("blocks.1.attn.hook_pattern", 0.5, positions=slice(7, None), head=0)],
+        "scores": [edits.clamp("blocks.2.attn.hook_attn_scores", max=-torch.inf, units=[-1], positions=slice(7, None))],
+        "patched pattern": [edits.patch("blocks.1.attn.hook_pattern", pattern, positions=slice(None, 7))],
+        "head": [edits.zero("blocks.1.attn.hook_z", head=3, rows=[0])],
+    }
+
+
+@EVERY
+def test_edits_act_the_same_with_and_without_a_cache(kind: str) -> None:
+    model = model_of(kind)
+    clean = ids(model.generate_details(TOKENS, max_new_tokens=6))
+    changed = 0
+    for name, made in _edits_of(model).items():
+        found = []
+        for use_cache in (True, False):
+            with model.edited(made):
+                found.append(model.generate_details(TOKENS, max_new_tokens=6, use_cache=use_cache))
+        assert ids(found[0]) == ids(found[1]), name
+        for with_cache, without in zip(*found, strict=True):
+            torch.testing.assert_close(with_cache.logprobs, without.logprobs, rtol=1e-3, atol=1e-3)
+        changed += ids(found[0]) != clean
+    assert changed > 2
+
+
+@EVERY
+def test_what_edits_do_while_decoding_is_what_they_do_in_one_pass(kind: str) -> None:
+    """The log-probabilities noted step by step are those of one run of the whole text under the same edits."""
+    model = model_of(kind)
+    compared = 0
+    for name, made in _edits_of(model).items():
+        if name in (
+            "patched pattern",
+            "prompt positions",
+            "scores",
+        ):  # these count from the prompt's end, or cover the prompt
+            continue
+        with model.edited(made):
+            found = model.generate_details(TOKENS, max_new_tokens=6)
+            if min(len(row.tokens) for row in found) < 6:
+                continue
+            whole = torch.stack([torch.cat([row.prompt_tokens, row.tokens]) for row in found])
+            logprobs = model(whole)[:, 6:-1].log_softmax(-1)
+        compared += 1
+        for i, row in enumerate(found):
+            wanted = logprobs[i].gather(1, row.tokens[:, None])[:, 0]
+            torch.testing.assert_close(row.logprobs, wanted, rtol=1e-3, atol=1e-3)
+    assert compared > 1
+
+
+def test_left_padded_rows_have_their_own_positions(tiny_llama: HookedModel) -> None:
+    texts = ["The cat sat on the mat", "Goal!"]
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 2
+    for positions in ([1, -1], slice(-2, None), [8]):
+        made = edits.steer("blocks.0.hook_resid_post", vector, positions=positions)
+        with tiny_llama.edited(made):
+            together = tiny_llama.generate_details(texts, max_new_tokens=8)
+            for text, row in zip(texts, together, strict=True):
+                assert row.tokens.tolist() == tiny_llama.generate_details(text, max_new_tokens=8)[0].tokens.tolist()
+
+
+@pytest.mark.parametrize("part", ["rot_q", "rot_k", "attn_scores", "pattern"])
+def test_points_in_attention_have_their_shapes_while_decoding_padded_rows(tiny_llama: HookedModel, part: str) -> None:
+    """The library packs grouped query heads when it decodes with a mask: hooks see them as ever."""
+    seen: list[tuple[int, ...]] = []
+    name = f"blocks.1.attn.hook_{part}"
+    plain = tiny_llama.generate_details(["The cat sat on the mat", "Goal!"], max_new_tokens=4)
+    with tiny_llama.hooks([(name, lambda act, hook: seen.append(tuple(act.shape)))]):
+        made = tiny_llama.generate_details(["The cat sat on the mat", "Goal!"], max_new_tokens=4)
+    assert ids(made) == ids(plain)
+    columns = max(len(row.prompt_tokens) for row in made)
+    for i, shape in enumerate(seen[1:], start=1):
+        keys = columns + i
+        wanted = {"rot_q": (2, 1, 4, 8), "rot_k": (2, keys, 2, 8)}
+        assert shape == wanted.get(part, (2, 4, 1, keys))
+    assert len(seen) == 4
+
+
+def test_hooks_are_active_and_the_model_is_left_as_it_was(tiny_llama: HookedModel) -> None:
+    clean = tiny_llama.generate("Goal!", max_new_tokens=8)
+    own = tiny_llama.hf.generation_config
+    with tiny_llama.hooks([("blocks.1.hook_resid_post", lambda act, hook: -act)]):
+        assert tiny_llama.generate("Goal!", max_new_tokens=8) != clean
+    with pytest.raises(ZeroDivisionError):
+        tiny_llama.generate("Goal!", max_new_tokens=8, stream=lambda piece: 1 / 0)
+    assert tiny_llama.generate("Goal!", max_new_tokens=8) == clean
+    assert tiny_llama.hf.generation_config is own
+    assert tiny_llama._decoding.columns is None
+
+
+def test_an_edit_at_a_position_that_is_never_reached_is_an_error(tiny_llama: HookedModel) -> None:
+    with (
+        pytest.raises(ModelError, match="never took effect"),
+        tiny_llama.edited(edits.zero("blocks.1.hook_mlp_out", positions=[40])),
+    ):
+        tiny_llama.generate_details(torch.tensor([0, 5, 6]), max_new_tokens=5)
+
+
+# ---- settings against their definitions ---------------------------------------------------------------------------------
+
+
+def test_a_checkpoints_own_settings_play_no_part() -> None:
+    model = make("llama")
+    wanted = ids(model.generate_details(TOKENS, max_new_tokens=6))
+    own = {
+        "do_sample": True,
+        "temperature": 9.0,
+        "top_k": 3,
+        "repetition_penalty": 5.0,
+        "max_length": 9,
+        "suppress_tokens": [wanted[0][0]],
+    }
+    model.hf.generation_config = GenerationConfig(eos_token_id=1, **own)
+    assert ids(model.generate_details(TOKENS, max_new_tokens=6)) == wanted
+
+
+@CACHE
+def test_penalties_are_those_of_a_hand_computation(use_cache: bool) -> None:
+    model = model_of("gpt2")
+    prompt = TOKENS[0]
+    frequency, presence, repetition = 3.0, 2.0, 1.7
+    row = prompt.tolist()
+    for _ in range(10):
+        logits = model(torch.tensor([row]))[0, -1]
+        for token in set(row):
+            logits[token] *= repetition if logits[token] < 0 else 1 / repetition
+        new = row[len(prompt) :]
+        for token in set(new):
+            logits[token] -= frequency * new.count(token) + presence
+        row.append(int(logits.argmax()))
+    settings: dict[str, Any] = {
+        "frequency_penalty": frequency,
+        "presence_penalty": presence,
+        "repetition_penalty": repetition,
+    }
+    [made] = model.generate_details(prompt, max_new_tokens=10, use_cache=use_cache, **settings)
+    assert made.tokens.tolist() == row[len(prompt) :]
+    assert made.tokens.tolist() != ids(model.generate_details(prompt, max_new_tokens=10))[0]
+    logits = model(torch.tensor([row]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+    torch.testing.assert_close(made.logprobs, logits.gather(1, made.tokens[:, None])[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_no_run_of_tokens_comes_twice() -> None:
+    model = model_of("gpt2")
+    [made] = model.generate_details(TOKENS[0], max_new_tokens=40, no_repeat_ngram=2)
+    row = [*TOKENS[0].tolist(), *made.tokens.tolist()]
+    pairs = list(itertools.pairwise(row))
+    assert len(set(pairs)) == len(pairs)
+
+
+def draws(model: HookedModel, n: int = 4000, **settings: Any) -> Tensor:
+    """How often each token is the first after a prompt, of n draws."""
+    made = model.generate_details(TOKENS[:1].expand(n, -1), max_new_tokens=1, **settings)
+    return torch.bincount(torch.cat([row.tokens for row in made]), minlength=model.config.d_vocab) / n
+
+
+def _nucleus(p: Tensor, top_p: float) -> Tensor:
+    """The fewest tokens that hold `top_p` together."""
+    order = p.argsort(descending=True)
+    n = int((p[order].cumsum(0) < top_p).sum()) + 1
+    return torch.zeros_like(p).index_fill(0, order[:n], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "keep"),
+    [
+        ({"temperature": 1.0}, torch.ones_like),
+        ({"temperature": 0.5}, torch.ones_like),
+        ({"top_k": 5}, lambda p: (p >= p.topk(5).values[-1]).float()),
+        ({"top_p": 0.6}, lambda p: _nucleus(p, 0.6)),
+        ({"min_p": 0.3, "temperature": 2.0}, lambda p: (p >= 0.3 * p.max()).float()),
+        (
+            {"top_k": 4, "top_p": 0.8, "seed": 3},
+            lambda p: _nucleus(p * (p >= p.topk(4).values[-1]) / p.topk(4).values.sum(), 0.8),
+        ),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(settings: dict[str, Any], keep: Callable[[Tensor], Tensor]) -> None:
+    model = model_of("gpt_neox")
+    p = (model(TOKENS[:1])[0, -1] / settings.get("temperature", 1.0)).softmax(-1)
+    kept = keep(p)
+    wanted = p * kept / (p * kept).sum()
+    found = draws(model, **settings)
+    assert not found[kept == 0].any()
+    assert (found - wanted).abs().sum() < 2.5 * (wanted * (1 - wanted) / 4000).sqrt().sum()
+
+
+def test_draws_are_seeded_and_leave_global_random_numbers_alone(tiny_llama: HookedModel) -> None:
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    first, again, other = (tiny_llama.generate("Goal!", temperature=2.0, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), wanted)
+    assert first == again != other
+
+
+def test_a_rows_draws_do_not_depend_on_the_other_rows(tiny_llama: HookedModel) -> None:
+    alone = tiny_llama.generate("The cat sat on the mat", temperature=1.0, max_new_tokens=12)
+    together = tiny_llama.generate(
+        ["The cat sat on the mat", "Goal!", "The cat sat on the mat"], temperature=1.0, max_new_tokens=12
+    )
+    assert together[0] == alone
+    assert together[2] != alone
+
+
+# ---- beams --------------------------------------------------------------------------------------------------------------
+
+
+def best_by_trying_all(model: HookedModel, prompt: Tensor, n: int, length_penalty: float) -> tuple[list[int], Tensor]:
+    """The best of all texts of up to n tokens (shorter if they end in token 1), and its log-probabilities."""
+    size = model.config.d_vocab
+    best: tuple[float, list[int], Tensor] = (-torch.inf, [], torch.empty(0))
+    whole = torch.tensor(list(itertools.product(range(size), repeat=n)))
+    logits = model(torch.cat([prompt.expand(len(whole), -1), whole], 1))[:, len(prompt) - 1 : -1].log_softmax(-1)
+    for row, logprobs in zip(whole, logits.gather(2, whole[:, :, None])[:, :, 0], strict=True):
+        length = row.tolist().index(1) + 1 if 1 in row.tolist() else n
+        score = float(logprobs[:length].sum()) / length**length_penalty
+        if score > best[0]:
+            best = (score, row[:length].tolist(), logprobs[:length])
+    return best[1], best[2]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_enough_beams_find_the_best_of_all_texts(seed: int, length_penalty: float) -> None:
+    model = make("llama", seed=seed)
+    model.hf.resize_token_embeddings(5, mean_resizing=False)
+    model.hf.get_submodule("lm_head").get_parameter("weight").data *= 0.1  # nothing is nearly certain
+    model = HookedModel(model.hf, None, name="five tokens", spec=model.spec)
+    prompt = torch.tensor([0, 3, 4, 2])
+    tokens, logprobs = best_by_trying_all(model, prompt, 4, length_penalty)
+    [made] = model.generate_details(prompt, n_beams=130, max_new_tokens=4, length_penalty=length_penalty)
+    assert made.tokens.tolist() == tokens
+    assert made.finish == ("end" if tokens[-1] == 1 else "length")
+    torch.testing.assert_close(made.logprobs, logprobs, rtol=1e-4, atol=1e-4)
+
+
+@CACHE
+def test_beams_are_padded_edited_and_stopped_as_single_texts_are(tiny_llama: HookedModel, use_cache: bool) -> None:
+    texts = ["The cat sat on the mat", "Goal!"]
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {"n_beams": 3, "max_new_tokens": 8, "use_cache": use_cache, "repetition_penalty": 1.2}
+    first, second = partial(edits.zero, "blocks.2.hook_mlp_out"), partial(edits.steer, RESID, vector, positions=[-1])
+    with tiny_llama.edited([first(rows=0), second(rows=1)]):
+        together = tiny_llama.generate_details(texts, **settings)
+    for text, edit, found in zip(texts, (first, second), together, strict=True):
+        with tiny_llama.edited(edit()):
+            [alone] = tiny_llama.generate_details(text, **settings)
+        assert found.tokens.tolist() == alone.tokens.tolist()
+        torch.testing.assert_close(found.logprobs, alone.logprobs, rtol=1e-3, atol=1e-3)
+    whole = str(together[0].text)
+    with tiny_llama.edited(first()):
+        [stopped] = tiny_llama.generate_details(texts[:1], stop=whole[3:6], **settings)
+    assert stopped.text is not None
+    assert whole[3:6] not in stopped.text
+
+
+# ---- texts --------------------------------------------------------------------------------------------------------------
+
+
+class _Spelling:
+    """A tokenizer whose model always goes on with a given text: what is tested is how the text is put together."""
+
+    def __init__(self, model: HookedModel, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+        self.model, self.wanted = model, tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.prompt = len(model.to_tokens("Goal!")[0])
+
+    def hook(self, act: Tensor, hook: Any) -> Tensor:
+        at = hook.offset + self.model._run.shape[1] - self.prompt  # how many new tokens there are
+        return torch.zeros_like(act).index_fill(2, torch.tensor(self.wanted[at]), 1.0)
+
+    def generate(self, **settings: Any) -> Generation:
+        with self.model.hooks([("unembed.hook_out", self.hook)]):
+            return self.model.generate_details("Goal!", max_new_tokens=len(self.wanted), **settings)[0]
+
+
+TEXT = " the naïve cat – 猫 🐈‍⬛ – sat; STOP here, and 猫 went on"
+
+
+@CACHE
+def test_stop_strings_end_a_text_wherever_tokens_are_cut(
+    tiny_llama: HookedModel, tiny_tokenizer: PreTrainedTokenizerFast, use_cache: bool
+) -> None:
+    spelling = _Spelling(tiny_llama, tiny_tokenizer, TEXT)
+    assert spelling.generate(use_cache=use_cache).text == TEXT
+    for stop in ("STOP", "猫 ", "ve cat –", "; ST"):
+        made = spelling.generate(stop=stop, use_cache=use_cache)
+        assert made.text == TEXT[: TEXT.index(stop)]
+        assert made.finish == "stop"
+        assert len(made.tokens) < len(spelling.wanted)
+        assert len(made.tokens) == len(made.logprobs)
+    assert spelling.generate(stop=["here", "STOP"]).text == TEXT[: TEXT.index("STOP")]
+
+
+@pytest.mark.parametrize("stop", [(), ("STOP",), ("nowhere", "here, and 猫 x"), ("🐈‍⬛ –",)], ids=str)
+def test_a_stream_is_the_text_and_never_breaks_a_character(
+    tiny_llama: HookedModel, tiny_tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...]
+) -> None:
+    pieces: list[str] = []
+    made = _Spelling(tiny_llama, tiny_tokenizer, TEXT).generate(stop=stop, stream=pieces.append)
+    assert "".join(pieces) == made.text
+    assert len(pieces) > 5
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert not any(end in "".join(pieces) for end in stop)
+
+
+def test_streams_of_the_built_in_model_are_its_texts(smol: HookedModel) -> None:
+    pieces: list[str] = []
+    text = smol.generate("The capital of France is", max_new_tokens=12, stream=pieces.append)
+    assert "".join(pieces) == text
+    assert str(text).startswith(" Paris")
+    drawn = smol.generate("I think", max_new_tokens=12, top_p=0.9, seed=0)
+    assert drawn == smol.generate("I think", max_new_tokens=12, top_p=0.9, seed=0)
+    assert smol.generate(["I think"], max_new_tokens=12, top_p=0.9, seed=0) == [drawn]
+
+
+def test_a_text_ends_at_an_end_token(tiny_llama: HookedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    made = _Spelling(tiny_llama, tiny_tokenizer, "the cat</s>the dog").generate()
+    assert (made.text, made.finish) == ("the cat", "end")
+    assert made.tokens[-1] == 1
+
+
+# ---- what cannot be -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temprature": 1}, "'temperature'"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be positive"),
+        ({"max_new_tokens": 1.5}, "wrong type"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 0, "top_p": 0.9}, "greedy.*top_p"),
+        ({"top_p": 0.0}, "top_p must be in"),
+        ({"min_p": 1.1}, "min_p must be in"),
+        ({"top_k": 0}, "top_k must be positive"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram"),
+        ({"n_beams": 0}, "n_beams"),
+        ({"n_beams": 2, "top_k": 3}, "draws nothing"),
+        ({"n_beams": 2, "temperature": 1.0}, "draws nothing"),
+        ({"length_penalty": 2.0}, "there is one"),
+        ({"stop": ["a", ""]}, "stop string is empty"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tiny_llama: HookedModel, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_llama.generate("Goal!", **settings)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "error", "message"),
+    [
+        ("", {}, InputError, "empty"),
+        (["a", ""], {}, InputError, "empty"),
+        (torch.zeros(1, 0, dtype=torch.long), {}, InputError, "integers"),
+        (
+            Prompts(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[True, True], [False, False]])),
+            {},
+            InputError,
+            "empty",
+        ),
+        (torch.tensor([[0, 5]]), {"max_new_tokens": 63}, InputError, r"2 \+ 63 tokens.*64"),
+        (torch.tensor([[0, 320]]), {}, InputError, "vocabulary"),
+        (["a", "b"], {"stream": print}, ConfigError, "single text"),
+        ("a", {"stream": print, "n_beams": 2}, ConfigError, "without beams"),
+    ],
+)
+def test_prompts_that_cannot_be_are_refused(
+    tiny_llama: HookedModel, prompt: Any, settings: dict[str, Any], error: type[MicrotomeError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        tiny_llama.generate(prompt, **settings)
+
+
+def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
+    model = model_of("llama")
+    [made] = model.generate_details(TOKENS[0], max_new_tokens=3)
+    assert made.text is None
+    with pytest.raises(ModelError, match="without a tokenizer"):
+        model.generate(TOKENS[0])
+    with pytest.raises(ModelError, match="no text to stop at"):
+        model.generate_details(TOKENS[0], stop="a")
+
+
+def test_logits_that_are_no_numbers_are_an_error(tiny_llama: HookedModel) -> None:
+    with (
+        pytest.raises(ModelError, match="not numbers"),
+        tiny_llama.hooks([("blocks.1.hook_resid_post", lambda act, hook: act * torch.nan)]),
+    ):
+        tiny_llama.generate("Goal!")
+
+
+def test_a_config_is_kept_and_changed() -> None:
+    config = GenerateConfig(max_new_tokens=5, stop=("a",))
+    assert GenerateConfig.of(config, {"stop": "b", "temperature": 1}) == GenerateConfig(
+        max_new_tokens=5, stop=("b",), temperature=1.0
+    )
+    assert not GenerateConfig().samples
+    assert not GenerateConfig(temperature=0).samples
+    assert GenerateConfig(top_k=2).samples
+    assert GenerateConfig(temperature=1).samples

@@ -78,7 +78,7 @@ def test_an_error_is_a_message_without_a_traceback() -> None:
     failed = run("generate")
     assert failed.returncode == 1
     assert failed.stdout == ""
-    assert failed.stderr == "microtome generate: Say either --prompt TEXT or --recipe FILE.\n"
+    assert failed.stderr == "microtome generate: Say either a prompt, --prompts FILE or --recipe FILE.\n"
 
 
 def test_ctrl_c_is_said_and_is_130() -> None:

@@ -83,7 +83,7 @@ def test_from_text_to_index(here: Path, run: Run) -> None:
         (("train", *MODEL, *TEXT, "--hook", HOOK, "--k", "9999", "--out", "a"), "k must be"),
         (("evaluate", "none", *MODEL, *TEXT), "no dictionary"),
         (("index", "none", *MODEL, *TEXT, "--out", "a"), "no dictionary"),
-        (("generate",), "either --prompt"),
+        (("generate",), "either a prompt"),
     ],
 )
 def test_bad_words_get_one_clear_line_and_leave_nothing(

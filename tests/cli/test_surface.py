@@ -18,8 +18,9 @@ SURFACE = {
     "doctor": ["offline", "timeout"],
     "models": [],
     "generate": [
-        *("model", "dtype", "device", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed"),
-        *("recipe", "out", "overwrite"),
+        *("prompt", "prompts", "model", "dtype", "device", "edits", "max_new_tokens", "temperature", "top_k", "top_p"),
+        *("min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "no_repeat_ngram", "n_beams"),
+        *("length_penalty", "stop", "seed", "recipe", "out", "overwrite"),
     ],
     "harvest": [*TEXT, "hooks", "out", "store_dtype", "batch_tokens", "shard_tokens", "overwrite"],
     "train": [

@@ -34,7 +34,7 @@ COMMANDS = {
     "demo": Command("microtome.cli.demo", "open the workbench on features of the built-in model", resumes=True),
     "doctor": Command("microtome.cli.doctor", "look at this machine and say what to do about each problem"),
     "models": Command("microtome.cli.models", "list the models that can be opened here"),
-    "generate": Command("microtome.cli.generate", "continue a prompt, or sample a corpus by a recipe", resumes=True),
+    "generate": Command("microtome.cli.generate", "continue prompts, or sample a corpus by a recipe", resumes=True),
     "harvest": Command("microtome.cli.harvest", "run a model over text and keep its activations", resumes=True),
     "train": Command("microtome.cli.train", "train a dictionary on activations", resumes=True),
     "evaluate": Command("microtome.cli.evaluate", "measure a dictionary on text it was not trained on"),

@@ -40,6 +40,12 @@ SURFACE = {
         ),
         *("warmup_steps", "decay_fraction", "seed", "checkpoint_every", "log_to", "overwrite"),
     ],
+    "train-lm": [
+        *TEXT[3:],
+        *("out", "tokenizer", "tokenizer_size", "n_layers", "d_model", "n_heads", "d_mlp", "positions"),
+        *("normalization", "activation", "tied", "steps", "batch_size", "lr", "warmup_steps", "weight_decay"),
+        *("checkpoint_every", "seed", "dtype", "device", "overwrite"),
+    ],
     "evaluate": [*TEXT, "dictionary", "n_tokens", "function_tokens", "out"],
     "index": [*TEXT, "dictionary", "out", "store", "top", "bands", "per_band", "window", "seed", "overwrite"],
     "serve": ["index", "host", "port", "open", "no_model", "allow_host"],

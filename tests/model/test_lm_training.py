@@ -60,7 +60,7 @@ def test_the_loss_falls_and_the_curve_is_written(
     assert steps[-1]["loss"] < 3.0
     held_out = tiny_dataset.split(0.95)[1]
     tokens = torch.from_numpy(held_out.batch(0, len(held_out)))
-    assert float(next_token_loss(model(tokens), tokens)) == pytest.approx(valid[-1]["valid_loss"], abs=1e-4)
+    assert float(next_token_loss(model, tokens)) == pytest.approx(valid[-1]["valid_loss"], abs=1e-4)
 
 
 def test_bf16_learns_as_well_and_keeps_its_weights_in_fp32(tiny_dataset: TokenDataset, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_one_step_is_adamw_with_decay_on_matrices_only(tiny_dataset: TokenDatase
     trainer = LMTrainer(model_config(), tiny_dataset, tmp_path / "lm", train, None)
     twin = LMTrainer(model_config(), tiny_dataset, tmp_path / "twin", train, None)
     tokens = trainer._batch(0)
-    next_token_loss(twin.model(tokens), tokens).backward()
+    next_token_loss(twin.model, tokens).backward()
     gradients = [p.grad for p in twin.model.parameters() if p.grad is not None]
     norm = torch.cat([g.flatten() for g in gradients]).norm()
     row = trainer._train_step()

@@ -8,6 +8,8 @@ from microtome.cli.options import CommandOptions
 from microtome.common.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from microtome.model import HookedModel
     from microtome.text import TokenDataset
 
@@ -33,7 +35,7 @@ class ModelOptions(CommandOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions(ModelOptions):
+class CorpusOptions(CommandOptions):
     """Which text, cut how. Either a corpus, which is tokenized first, or a token dataset that is there."""
 
     corpus: str | None = None
@@ -47,7 +49,9 @@ class TextOptions(ModelOptions):
     part: str = "0:1"
     """Use only this part of the sequences, as fractions: 0:0.9 to train, 0.9:1 to evaluate."""
 
-    def load_tokens(self, model: "HookedModel", beside: Path) -> "TokenDataset":
+    def load_dataset(
+        self, tokenizer: "PreTrainedTokenizerBase | None", beside: Path, max_context: int | None = None
+    ) -> "TokenDataset":
         """The token dataset that the options name; one made here goes to `tokens`, or to `<beside>-tokens`."""
         from microtome.text import TokenDataset, TokenizeConfig, open_corpus, tokenize_corpus
 
@@ -60,18 +64,25 @@ class TextOptions(ModelOptions):
                 "There is no text to work on", fix="Say --corpus NAME, or --tokens FOLDER of a token dataset"
             )
         else:
-            if model.tokenizer is None:
-                raise ConfigError(
-                    f"{model.name} came without a tokenizer", fix="Say --tokens FOLDER of a token dataset"
-                )
+            if tokenizer is None:
+                raise ConfigError("The model came without a tokenizer", fix="Say --tokens FOLDER of a token dataset")
             dataset = tokenize_corpus(
                 open_corpus(self.corpus),
-                model.tokenizer,
+                tokenizer,
                 folder,
                 config=TokenizeConfig(context=self.context, max_tokens=self.max_tokens),
-                max_context=model.config.n_ctx,
+                max_context=max_context,
             )
         return part_of(dataset, self.part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(CorpusOptions, ModelOptions):
+    """A model, and the text that it reads."""
+
+    def load_tokens(self, model: "HookedModel", beside: Path) -> "TokenDataset":
+        """The token dataset that the options name, for this model."""
+        return self.load_dataset(model.tokenizer, beside, model.config.n_ctx)
 
 
 def part_of(dataset: "TokenDataset", part: str) -> "TokenDataset":

@@ -37,6 +37,7 @@ COMMANDS = {
     "generate": Command("microtome.cli.generate", "continue prompts, or sample a corpus by a recipe", resumes=True),
     "harvest": Command("microtome.cli.harvest", "run a model over text and keep its activations", resumes=True),
     "train": Command("microtome.cli.train", "train a dictionary on activations", resumes=True),
+    "train-lm": Command("microtome.cli.train_lm", "train a small language model from nothing", resumes=True),
     "evaluate": Command("microtome.cli.evaluate", "measure a dictionary on text it was not trained on"),
     "index": Command(
         "microtome.cli.index", "one pass over text: statistics and examples of every latent", resumes=True

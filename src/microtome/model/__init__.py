@@ -3,7 +3,22 @@
 from microtome.model import edits
 from microtome.model.cache import ActivationCache
 from microtome.model.hooked import HookedModel, HookPoint
-from microtome.model.load import load_model
+from microtome.model.lm_training import TrainLMConfig, train_lm
+from microtome.model.load import load_model, load_tokenizer
 from microtome.model.names import HookName
+from microtome.model.reference import ReferenceConfig
+from microtome.model.reference_hf import ReferenceTransformer
 
-__all__ = ["ActivationCache", "HookName", "HookPoint", "HookedModel", "edits", "load_model"]
+__all__ = [
+    "ActivationCache",
+    "HookName",
+    "HookPoint",
+    "HookedModel",
+    "ReferenceConfig",
+    "ReferenceTransformer",
+    "TrainLMConfig",
+    "edits",
+    "load_model",
+    "load_tokenizer",
+    "train_lm",
+]

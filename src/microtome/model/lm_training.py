@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,9 +125,10 @@ def train_lm(
     return LMTrainer(config, dataset, Path(out), train or TrainLMConfig(), tokenizer, overwrite=overwrite).run()
 
 
-def next_token_loss(logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy, in nats, of each token given those before it."""
-    return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
+def next_token_loss(model: Callable[[Tensor], Tensor], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy, in nats, of each token given those before it. The last token is only asked for, never asked."""
+    logits = model(tokens[:, :-1])
+    return functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
 class LMTrainer:
@@ -213,7 +214,7 @@ class LMTrainer:
             group["lr"] = lr
         tokens = self._batch(self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            loss = next_token_loss(self.model(tokens), tokens)
+            loss = next_token_loss(self.model, tokens)
         self.optimiser.zero_grad()
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.max_gradient_norm))
@@ -258,7 +259,7 @@ class LMTrainer:
             stop = min(start + size, n)
             tokens = torch.from_numpy(self.held_out.batch(start, stop)).to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                total += float(next_token_loss(self.model(tokens), tokens)) * (stop - start)
+                total += float(next_token_loss(self.model, tokens)) * (stop - start)
         return total / n
 
     # ---- what is kept -------------------------------------------------------------------------------------------------

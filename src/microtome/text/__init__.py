@@ -5,6 +5,7 @@ reads it back.
 """
 
 from microtome.text.bos import BosWarning, adds_bos, bos_id, encode, pad, pad_id, separator_id, tokenizer_fingerprint
+from microtome.text.bpe import train_tokenizer
 from microtome.text.corpora import Corpus, FileCorpus, JoinedCorpus, MemoryCorpus, open_corpus
 from microtome.text.dataset import DocumentSpan, TokenDataset
 from microtome.text.documents import Document
@@ -31,4 +32,5 @@ __all__ = [
     "separator_id",
     "tokenize_corpus",
     "tokenizer_fingerprint",
+    "train_tokenizer",
 ]

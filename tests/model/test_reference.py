@@ -117,22 +117,44 @@ def test_attention_is_what_its_points_say(kind: str, tokens: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_point_set_to_another_run_takes_the_other_runs_course(kind: str, tokens: Tensor) -> None:
-    """Each point on the only way through the model, or a group of points that cuts it, carries the other prompt over."""
+    """Each point on the only way through the model carries the other prompt over."""
     model = built(kind)
     other = (tokens + 7) % 50
     logits = model(other)
     names = [f"blocks.{i}.hook_resid_{end}" for i in range(model.config.n_layers) for end in ("pre", "post")]
-    cuts = [*([name] for name in names), ["unembed.hook_in"], ["hook_embed"]]
-    if model.spec.has_attn and model.config.n_layers:
-        after = ["blocks.0.hook_mlp_out"] if model.spec.has_mlp else []
-        kv = [f"blocks.0.hook_{part}_input" for part in ("q", "k", "v")]
-        cuts += [
-            ["hook_embed", *heads, *after] for heads in (kv, ["blocks.0.attn.hook_pattern", "blocks.0.attn.hook_v"])
-        ]
-    for cut in cuts:
-        _, cache = model.run_with_cache(other, cut)
-        patched = model.run_with_hooks(tokens, [(name, from_cache(cache)) for name in cut])
-        torch.testing.assert_close(patched, logits, msg=str(cut))
+    for name in [*names, "unembed.hook_in", "hook_embed"]:
+        _, cache = model.run_with_cache(other, name)
+        patched = model.run_with_hooks(tokens, [(name, from_cache(cache))])
+        torch.testing.assert_close(patched, logits, msg=name)
+
+
+WHAT_ATTENTION_READS = [
+    ["hook_attn_in"],
+    ["hook_q_input", "hook_k_input", "hook_v_input"],
+    ["attn.hook_q", "attn.hook_k", "attn.hook_v"],
+    ["attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_v"],
+    ["attn.hook_attn_scores", "attn.hook_v"],
+    ["attn.hook_pattern", "attn.hook_v"],
+    ["attn.hook_z"],
+    ["attn.hook_result"],
+]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "n_heads" not in KINDS[kind]])
+@pytest.mark.parametrize("points", WHAT_ATTENTION_READS, ids=lambda points: points[0])
+def test_all_that_attention_reads_decides_what_it_writes(kind: str, points: list[str], tokens: Tensor) -> None:
+    model = built(kind)
+    names = [f"blocks.1.{point}" for point in points]
+    if not set(names) <= set(model.hook_points):  # grouped queries have no shared input, and only rotary ones turn
+        assert points[0] == "hook_attn_in" or "rot" in points[0]
+        return
+    out = "blocks.1.hook_attn_out"
+    _, wanted = model.run_with_cache((tokens + 7) % 50, [*names, out])
+    with model.hooks([(name, from_cache(wanted)) for name in names]):
+        _, patched = model.run_with_cache(tokens, out)
+    torch.testing.assert_close(patched[out], wanted[out])
+    _, before = model.run_with_cache(tokens, out)
+    assert not torch.allclose(before[out], wanted[out], atol=1e-3)
 
 
 @pytest.mark.parametrize("point", ["hook_q_input", "hook_k_input", "hook_v_input"])

@@ -190,6 +190,20 @@ def test_a_neuron_of_an_expert_is_zeroed_for_the_tokens_routed_to_it() -> None:
     assert torch.equal(seen[:, :7], clean[:, :7])
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_half_precision_is_edited_in_half_precision_and_summed_in_single(kind: str) -> None:
+    model = make(kind, torch.bfloat16)
+    clean = model.run_with_cache(TOKENS, RESID)[1][RESID]
+    seen = seen_at(model, RESID, [edits.steer(RESID, noise(32), rows=[1], positions=[3])])
+    assert seen.dtype == torch.bfloat16
+    assert torch.equal(seen[1, 3], clean[1, 3] + noise(32).bfloat16())
+    seen[1, 3] = clean[1, 3]
+    assert torch.equal(seen, clean)
+    left = seen_at(model, RESID, [edits.project_out(RESID, DIRECTIONS)])
+    wanted = clean.float() - clean.float() @ Q @ Q.T
+    torch.testing.assert_close(left, wanted.bfloat16(), rtol=1e-2, atol=1e-3)
+
+
 def test_resampling_gives_each_row_anothers() -> None:
     model = model_of("llama")
     source = model.run_with_cache(TOKENS, RESID)[1]

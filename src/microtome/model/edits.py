@@ -13,7 +13,7 @@ them, and a size of 1 broadcasts.
 import fnmatch
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from microtome.common.artifacts import atomic_file
 from microtome.common.errors import ArtifactError, ConfigError, InputError, MicrotomeError, ModelError, unknown_name
+from microtome.common.progress import progress
 from microtome.model.cache import ActivationCache
 from microtome.model.editing import ANY, KINDS, Edit
 from microtome.model.hooked import HookedModel, HookPoint, Names
@@ -168,27 +169,35 @@ def mean_of(
             raise ModelError(f"There is no mean over positions of {name}", got=", ".join(name.axes))
     sums: dict[HookName, Tensor] = {}
     n = 0
-    for part in _batches(model, data, batch):
-        mask = torch.ones_like(part.tokens, dtype=torch.bool) if part.mask is None else part.mask
-        mask = mask if positions is None else mask[:, positions]
-        seen = model.activations(part, [str(name) for name in points], positions=positions)
-        n += int(mask.sum())
-        for name in points:
-            total = seen[str(name)].expand(len(mask), *[-1] * (len(name.axes) - 1))[mask].double().sum(0)
-            sums[name] = sums[name] + total if name in sums else total
+    total, batches = _batches(model, data, batch)
+    with progress(total, "mean activations", "sequences") as bar:
+        for part in batches:
+            mask = torch.ones_like(part.tokens, dtype=torch.bool) if part.mask is None else part.mask
+            mask = mask if positions is None else mask[:, positions]
+            seen = model.activations(part, points, positions=positions)
+            n += int(mask.sum())
+            for name in points:
+                wide = seen[str(name)].expand(
+                    len(mask), *[-1] * (len(name.axes) - 1)
+                )  # position embeddings are one row
+                added = wide[mask].double().sum(0)
+                sums[name] = sums[name] + added if name in sums else added
+            bar.advance(len(mask))
     if not n:
         raise InputError("There is nothing to take a mean of: no position is left", got=f"positions {positions}")
     return ActivationCache({name: total / n for name, total in sums.items()})
 
 
-def _batches(model: HookedModel, data: Any, batch: int) -> list[Prompts]:
+def _batches(model: HookedModel, data: Any, batch: int) -> tuple[int, Iterator[Prompts]]:
+    """How many sequences there are, and batches of them."""
     if isinstance(data, TokenDataset):
-        starts = range(0, data.n_sequences, batch)
-        rows = (data.batch(i, min(i + batch, data.n_sequences)) for i in starts)
-        return [Prompts(torch.from_numpy(np.asarray(ids)).to(model.device)) for ids in rows]
+        size = data.n_sequences
+        rows = (data.batch(i, min(i + batch, size)) for i in range(0, size, batch))
+        return size, (Prompts(torch.from_numpy(ids).to(model.device)) for ids in rows)
     whole = data if isinstance(data, Prompts) else Prompts(data) if isinstance(data, Tensor) else model.prompts(data)
     masks = [None] * len(whole.tokens) if whole.mask is None else whole.mask.split(batch)
-    return [Prompts(ids, mask) for ids, mask in zip(whole.tokens.split(batch), masks, strict=False)]
+    parts = zip(whole.tokens.split(batch), masks, strict=False)
+    return len(whole.tokens), (Prompts(ids, mask) for ids, mask in parts)
 
 
 # ---- files --------------------------------------------------------------------------------------------------------------

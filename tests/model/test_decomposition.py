@@ -7,6 +7,7 @@ from torch import Tensor
 from microtome.common.errors import InputError, ModelError
 from microtome.model import HookedModel
 from microtome.model.decomposition import Decomposition
+from microtome.model.generic import UnknownFamilyWarning, generic_spec
 from microtome.model.reference import ReferenceConfig
 from microtome.model.reference_hf import ReferenceTransformer
 
@@ -235,6 +236,25 @@ def test_blocks_that_norm_the_stream_itself_have_no_parts() -> None:
     for parts in (cache.decompose_residual, cache.head_results):
         with pytest.raises(ModelError, match="no sum: each block norms it.*accumulated_residual"):
             parts()
+
+
+def test_a_family_without_a_spec_has_states_and_no_parts() -> None:
+    hf = captured("gptj").model.hf
+    with pytest.warns(UnknownFamilyWarning):
+        model = HookedModel(hf, None, name="closed", spec=generic_spec(hf))
+    _, cache = model.run_with_cache(TOKENS)
+    states = cache.accumulated_residual()
+    assert torch.equal(states.values, captured("gptj").cache.accumulated_residual().values)
+    with pytest.raises(ModelError, match="the inside of its blocks is not known"):
+        cache.decompose_residual()
+    with pytest.raises(ModelError, match="final norm of gptj is not known"):
+        cache.apply_final_norm(states)
+    for fold in (True, False):
+        with pytest.raises(ModelError, match="not known.*no spec"):
+            model.folded(fold_norms=fold, centre_writing=not fold)
+    with pytest.raises(ModelError, match="no attention, or none that is known"):
+        _ = model.W_Q[0]
+    assert torch.equal(model.W_U, captured("gptj").model.W_U)
 
 
 def test_places_and_neurons_that_are_not_there() -> None:

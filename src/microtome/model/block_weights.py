@@ -145,13 +145,19 @@ class BlockWeights:
     def _output(self) -> str:
         """The path of the attention's output map. Raises ModelError for a block without attention."""
         if not self.spec.has_attn:
-            raise ModelError("The blocks of this model have no attention", fix="Its weights are W_in and W_out")
+            raise ModelError(
+                "The blocks of this model have no attention, or none that is known",
+                fix="Its weights are W_in and W_out",
+            )
         return self.spec.o
 
     def _mlp(self) -> Dense | Gated:
         mlp = self.spec.mlp
         if not self.spec.has_mlp:
-            raise ModelError("The blocks of this model have no MLP", fix="Their weights are W_Q, W_K, W_V and W_O")
+            raise ModelError(
+                "The blocks of this model have no MLP, or none that is known",
+                fix="Their weights are W_Q, W_K, W_V and W_O",
+            )
         if isinstance(mlp, Experts):
             raise ModelError(
                 "The MLP is a mixture of experts: it has no single weight matrix", fix="experts(j) has one"

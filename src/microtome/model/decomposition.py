@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from microtome.common.errors import InputError, ModelError, unknown_name
+from microtome.model.folding import unknown_inside
 from microtome.model.names import HookName
 from microtome.model.weights import Weights
 
@@ -118,7 +119,7 @@ class ResidualStream:
             z = self.activations[_name(block, "attn.hook_z")].to(residual)
             heads = torch.einsum("bphk,hkd->hbpd", z, weights.W_O.to(residual))
             values[i * config.n_heads : (i + 1) * config.n_heads] = self._written(heads, block, "ln1_post")
-            values[-2] += self._bias_written(weights.b_O.to(residual), block, "ln1_post", residual)
+            values[-2] += self._written(weights.b_O.to(residual).expand_as(residual), block, "ln1_post")
         values[-1] = residual - values[:-1].sum(0)
         labels = [f"L{block}H{head}" for block in blocks for head in range(config.n_heads)]
         return Decomposition((*labels, "b_O", "remainder"), values)
@@ -152,6 +153,8 @@ class ResidualStream:
         """
         norm = self.weights.ln_final
         if norm is None:
+            if unknown_inside(self.weights.spec):
+                raise ModelError(f"The final norm of {self.weights.spec.name} is not known: its family has no spec")
             return stack
         [scale] = self._get(["ln_final.hook_scale"])
         if scale.shape[:2] != stack.values.shape[1:3]:
@@ -173,15 +176,9 @@ class ResidualStream:
     def _written(self, parts: Tensor, block: int, post: str) -> Tensor:
         """Parts of what attention or MLP gives, as they reach the stream: through the norm behind it, if there is one."""
         norm = self.weights.block(block).norm(post)
-        return parts if norm is None else norm.linear(parts, self._scale(block, post, parts))
-
-    def _bias_written(self, bias: Tensor, block: int, post: str, like: Tensor) -> Tensor:
-        norm = self.weights.block(block).norm(post)
-        written = self._written(bias.expand_as(like), block, post)
-        return written if norm is None or norm.bias is None else written + norm.bias.to(like)
-
-    def _scale(self, block: int, post: str, like: Tensor) -> Tensor:
-        return self.activations[_name(block, f"{post}.hook_scale")].to(like)
+        if norm is None:
+            return parts
+        return norm.linear(parts, self.activations[_name(block, f"{post}.hook_scale")].to(parts))
 
     def _writer_names(self, blocks: Iterable[int], point: str, post: str) -> list[str]:
         """What the parts of attention or MLP of these blocks are made from."""
@@ -236,10 +233,10 @@ class ResidualStream:
 
     def _check_additive(self) -> None:
         if not self.weights.spec.additive:
-            raise ModelError(
-                f"The residual stream of {self.weights.spec.name} is no sum: each block norms it after adding to it",
-                fix="accumulated_residual() gives its states",
-            )
+            spec = self.weights.spec
+            norms = "is no sum: each block norms it after adding to it"
+            why = "cannot be taken apart: the inside of its blocks is not known" if unknown_inside(spec) else norms
+            raise ModelError(f"The residual stream of {spec.name} {why}", fix="accumulated_residual() gives its states")
 
     def _check_serial(self) -> None:
         spec = self.weights.spec

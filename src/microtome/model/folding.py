@@ -125,6 +125,11 @@ def norms_of(spec: FamilySpec) -> list[str]:
     return [name for name in names if getattr(spec, name) and has_part.get(name, True)]
 
 
+def unknown_inside(spec: FamilySpec) -> bool:
+    """Whether only the residual stream of the model is known, and nothing inside its blocks (a family without a spec)."""
+    return not (spec.additive or spec.has_attn or spec.has_mlp)
+
+
 def foldable(spec: FamilySpec, wanted: bool | Collection[str]) -> frozenset[str]:
     """The norms to fold, after checking that they can be. True stands for all norms of the model.
 
@@ -132,6 +137,8 @@ def foldable(spec: FamilySpec, wanted: bool | Collection[str]) -> frozenset[str]
     """
     if wanted is False:
         return frozenset()
+    if unknown_inside(spec):
+        raise ModelError(f"The norms of {spec.name} are not known: its family has no spec", fix="fold_norms=False")
     if not spec.additive:
         raise ModelError(
             f"The norms of {spec.name} cannot be folded: each norms the residual stream itself after an addition, and what "
@@ -164,7 +171,9 @@ def check_centring(spec: FamilySpec, hf: nn.Module) -> None:
     """Raises ModelError unless every reader of the residual stream takes its mean off."""
     reason = None
     norms = norms_of(spec)
-    if not spec.additive or any(name in AFTER_WRITERS for name in norms):
+    if unknown_inside(spec):
+        reason = "its parts are not known, for its family has no spec"
+    elif not spec.additive or any(name in AFTER_WRITERS for name in norms):
         reason = "it norms what is written before (or as) it joins the residual stream"
     elif spec.ln_final is None or (spec.has_attn and "ln1" not in norms):
         reason = "a part of it reads the residual stream without a norm"

@@ -45,7 +45,7 @@ class Options(CorpusOptions):
     """How many updates; the data is gone through again as often as need be."""
     batch_size: int = 32
     """Sequences in a step."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Peak learning rate."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises; then it falls along a cosine to a tenth."""

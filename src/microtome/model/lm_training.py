@@ -58,7 +58,7 @@ class TrainLMConfig:
 
     n_steps: int = 2000
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 3e-3
     warmup_steps: int = 100
     final_lr_fraction: float = 0.1
     betas: tuple[float, ...] = (0.9, 0.95)

@@ -36,17 +36,7 @@ def load_model(
     is neither network nor local copy.
     """
     text = str(name)
-    if text in BUILTIN:
-        folder = builtin_folder(BUILTIN[text])
-        source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder or BUILTIN[text].hub_id)}
-    elif text.endswith(".gguf"):
-        source = _gguf(Path(text))
-    elif Path(text).is_dir():
-        source = {"pretrained_model_name_or_path": str(_folder(Path(text)))}
-    else:
-        source = {"pretrained_model_name_or_path": text, "revision": revision}
-    source["trust_remote_code"] = trust_remote_code
-
+    source = _source(text, revision) | {"trust_remote_code": trust_remote_code}
     register()
     hf_progress = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
@@ -69,6 +59,31 @@ def load_model(
         spec=spec,
         revision=revision or getattr(config, "_commit_hash", None),
     )
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that `load_model` would open, without its weights. Raises ModelError if it has none."""
+    register()
+    try:
+        tokenizer = _tokenizer(_source(str(name), revision))
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loaded(str(name), error) from error
+    if tokenizer is None:
+        raise ModelError(f"{name} came without a tokenizer")
+    tokenizer.name_or_path = str(name)
+    return tokenizer
+
+
+def _source(text: str, revision: str | None) -> dict[str, Any]:
+    """Where the weights are, in the words of transformers."""
+    if text in BUILTIN:
+        folder = builtin_folder(BUILTIN[text])
+        return {"pretrained_model_name_or_path": str(folder or BUILTIN[text].hub_id)}
+    if text.endswith(".gguf"):
+        return _gguf(Path(text))
+    if Path(text).is_dir():
+        return {"pretrained_model_name_or_path": str(_folder(Path(text)))}
+    return {"pretrained_model_name_or_path": text, "revision": revision}
 
 
 def _gguf(file: Path) -> dict[str, Any]:

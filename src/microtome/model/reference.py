@@ -266,8 +266,8 @@ class Block(nn.Module):
         return stream
 
 
-def normed(norm: nn.Module | None, stream: Stream) -> Stream:
-    out: Tensor = stream if norm is None else norm(stream)
+def normed(ln: nn.Module | None, stream: Stream) -> Stream:
+    out: Tensor = stream if ln is None else ln(stream)
     return out
 
 

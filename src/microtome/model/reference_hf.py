@@ -4,6 +4,7 @@ and `load_model` opens its folder.
 `ReferenceTransformer.from_model` gives it the weights of a GPT-2 or Llama model.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +156,7 @@ class ReferenceTransformer(PreTrainedModel, GenerationMixin):
             assert theirs is not None
             weights |= {f"{ours}.{name}": p for name, p in hf.get_submodule(theirs).named_parameters()}
         copy.transformer.load_state_dict(weights)
-        copy.generation_config = hf.generation_config
+        copy.generation_config = deepcopy(hf.generation_config)
         nn.Module.to(copy, device=model.device, dtype=model.dtype)
         return copy
 

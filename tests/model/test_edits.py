@@ -204,6 +204,16 @@ def test_half_precision_is_edited_in_half_precision_and_summed_in_single(kind: s
     torch.testing.assert_close(left, wanted.bfloat16(), rtol=1e-2, atol=1e-3)
 
 
+def test_keys_that_cannot_be_seen_stay_hidden() -> None:
+    model = model_of("llama")
+    for made in (edits.zero(SCORES), edits.clamp(SCORES, min=0.5), edits.scale(SCORES, -1.0), edits.steer(SCORES, 1.0)):
+        pattern = seen_at(model, PATTERNS, [made])
+        assert torch.equal(pattern, pattern.tril())
+        torch.testing.assert_close(pattern.sum(-1), torch.ones(3, 4, 7))
+    even = seen_at(model, PATTERNS, [edits.zero(SCORES)])
+    torch.testing.assert_close(even[:, :, 6], torch.full((3, 4, 7), 1 / 7))
+
+
 def test_resampling_gives_each_row_anothers() -> None:
     model = model_of("llama")
     source = model.run_with_cache(TOKENS, RESID)[1]

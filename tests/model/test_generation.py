@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from microtome.common.errors import ConfigError, InputError, MicrotomeError, ModelError
 from microtome.model import HookedModel, edits
-from microtome.model.generation import Generation
+from microtome.model.generation import Generation, _Penalties
 from microtome.model.generation_config import GenerateConfig
 from microtome.model.prompts import Prompts
 
@@ -298,6 +298,14 @@ def test_a_rows_draws_do_not_depend_on_the_other_rows(tiny_llama: HookedModel) -
 # ---- beams --------------------------------------------------------------------------------------------------------------
 
 
+def five_tokens(seed: int) -> HookedModel:
+    """A model of five tokens, of which none is ever nearly certain; token 1 ends a text."""
+    hf = make("llama", seed=seed).hf
+    hf.resize_token_embeddings(5, mean_resizing=False)
+    hf.get_submodule("lm_head").get_parameter("weight").data *= 0.1
+    return HookedModel(hf, None, name="five tokens", spec=model_of("llama").spec)
+
+
 def best_by_trying_all(model: HookedModel, prompt: Tensor, n: int, length_penalty: float) -> tuple[list[int], Tensor]:
     """The best of all texts of up to n tokens (shorter if they end in token 1), and its log-probabilities."""
     size = model.config.d_vocab
@@ -315,16 +323,78 @@ def best_by_trying_all(model: HookedModel, prompt: Tensor, n: int, length_penalt
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("seed", range(6))
 def test_enough_beams_find_the_best_of_all_texts(seed: int, length_penalty: float) -> None:
-    model = make("llama", seed=seed)
-    model.hf.resize_token_embeddings(5, mean_resizing=False)
-    model.hf.get_submodule("lm_head").get_parameter("weight").data *= 0.1  # nothing is nearly certain
-    model = HookedModel(model.hf, None, name="five tokens", spec=model.spec)
+    model = five_tokens(seed)
     prompt = torch.tensor([0, 3, 4, 2])
     tokens, logprobs = best_by_trying_all(model, prompt, 4, length_penalty)
     [made] = model.generate_details(prompt, n_beams=130, max_new_tokens=4, length_penalty=length_penalty)
     assert made.tokens.tolist() == tokens
     assert made.finish == ("end" if tokens[-1] == 1 else "length")
     torch.testing.assert_close(made.logprobs, logprobs, rtol=1e-4, atol=1e-4)
+
+
+def beam_search_by_hand(
+    model: HookedModel, prompt: Tensor, n: int, n_beams: int, length_penalty: float
+) -> tuple[list[int], float]:
+    """The best text that n_beams beginnings lead to, and its score: of the likeliest continuations of all beams, those
+    among the first n_beams that end are done, and the first n_beams of the others go on."""
+    running: list[tuple[list[int], float]] = [([], 0.0)]
+    done: list[tuple[list[int], float]] = []
+    for step in range(1, n + 1):
+        tokens = torch.stack([torch.cat([prompt, torch.tensor(row, dtype=torch.long)]) for row, _ in running])
+        logprobs = model(tokens)[:, -1].log_softmax(-1)
+        longer = [
+            ([*row, token], score + float(logprobs[i, token]))
+            for i, (row, score) in enumerate(running)
+            for token in range(logprobs.shape[1])
+        ]
+        longer.sort(key=lambda beam: -beam[1])
+        ends = [row[-1] == 1 or step == n for row, _ in longer]
+        done += [
+            (row, score / step**length_penalty)
+            for (row, score), end in zip(longer[:n_beams], ends, strict=False)
+            if end
+        ]
+        running = [beam for beam, end in zip(longer, ends, strict=True) if not end][:n_beams]
+    return max(done, key=lambda beam: beam[1])
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("n_beams", [2, 3])
+def test_beams_are_those_of_a_search_by_hand(n_beams: int, length_penalty: float) -> None:
+    differs = 0
+    for seed in range(8):
+        model = five_tokens(seed)
+        prompt = torch.tensor([0, 3, 4, 2])
+        tokens, score = beam_search_by_hand(model, prompt, 6, n_beams, length_penalty)
+        settings: dict[str, Any] = {"n_beams": n_beams, "length_penalty": length_penalty, "max_new_tokens": 6}
+        [made] = model.generate_details(prompt, **settings)
+        assert made.tokens.tolist() == tokens
+        assert float(made.logprobs.sum()) / len(tokens) ** length_penalty == pytest.approx(score, abs=1e-4)
+        differs += made.tokens.tolist() != ids(model.generate_details(prompt, max_new_tokens=6))[0]
+    assert differs
+
+
+def test_each_beam_gets_its_own_prompts_value() -> None:
+    model = model_of("llama")
+    source = model.run_with_cache(TOKENS.flip(0), RESID)[1]
+    settings: dict[str, Any] = {"n_beams": 3, "max_new_tokens": 5}
+    with model.edited(edits.patch(RESID, source)):
+        together = model.generate_details(TOKENS, **settings)
+    for i, found in enumerate(together):
+        with model.edited(edits.patch(RESID, source[RESID][i : i + 1])):
+            [alone] = model.generate_details(TOKENS[i], **settings)
+        assert found.tokens.tolist() == alone.tokens.tolist()
+
+
+def test_padding_is_not_penalised() -> None:
+    config = GenerateConfig(repetition_penalty=2.0, frequency_penalty=1.0, presence_penalty=0.5, no_repeat_ngram=2)
+    scores = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([[5, 6, 5, 7, 5], [0, 0, 0, 7, 8]])  # the second begins behind three tokens of padding
+    together = _Penalties(config, starts=[0, 3], columns=4)(rows, scores)
+    alone = _Penalties(config, starts=[0], columns=1)(rows[1:, 3:], scores[1:])
+    assert torch.equal(together[1], alone[0])
+    assert torch.equal(together[1, :7], scores[1, :7])
+    assert together[0, 6] == together[0, 7] == -torch.inf
 
 
 @CACHE

@@ -114,7 +114,7 @@ def _continuations(options: Options) -> dict[str, Any]:
         }
         for prompt, row in zip(texts, made, strict=True)
     ]
-    return {"texts": rows, "streamed": streams}
+    return {"texts": rows} | ({"streamed": True} if streams else {})
 
 
 def _config(options: Options) -> "GenerateConfig":
@@ -140,4 +140,4 @@ def show(result: dict[str, Any]) -> str:
     """The texts behind their prompts (nothing more, if the text was shown as it was made), or where the corpus is."""
     if "texts" not in result:
         return lines(result)
-    return "" if result["streamed"] else "\n\n".join(row["prompt"] + row["text"] for row in result["texts"])
+    return "" if "streamed" in result else "\n\n".join(row["prompt"] + row["text"] for row in result["texts"])

@@ -4,12 +4,12 @@ from functools import cache
 
 import pytest
 import torch
+from tests.model.families import KINDS, make
 from torch import Tensor
 
 from microtome.model import HookedModel
 from microtome.model.names import PATTERN, HookName
 from microtome.model.prompts import Prompts
-from tests.model.families import KINDS, make
 
 TOKENS = torch.tensor([[0, 17, 45, 80, 301, 12, 33, 8], [0, 9, 9, 250, 61, 7, 100, 3]])
 EVERY = pytest.mark.parametrize("kind", list(KINDS))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from microtome.common.errors import InputError, ModelError
 from microtome.model import HookedModel, HookPoint
+from microtome.model.names import ON_REQUEST
 
 TOKENS = torch.tensor([[0, 17, 45, 80, 301, 12, 33], [0, 9, 9, 250, 61, 7, 100]])
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -55,19 +56,13 @@ def test_heads_and_neurons_add_up_to_what_their_block_writes(tiny_llama: HookedM
 
 
 @FAMILIES
-def test_shapes_are_as_the_names_say(tiny: Make, family: str) -> None:
+def test_what_is_costly_is_captured_on_request_alone(tiny: Make, family: str) -> None:
     model = tiny(family)
-    sizes = {
-        "batch": 2,
-        "pos": 7,
-        **{k: getattr(model.config, k) for k in ("d_model", "n_heads", "d_head", "d_mlp", "d_vocab")},
-    }
     _, cache = model.run_with_cache(TOKENS)
-    assert list(cache) == model.hook_points
-    for name in model.resolve("*"):
-        expected = tuple(sizes[axis] for axis in name.axes)
-        found = tuple(cache[str(name)].shape)
-        assert found == expected or (name.point == "hook_pos_embed" and found == (1, *expected[1:]))
+    assert list(cache) == [str(name) for name in model.resolve(lambda n: True) if name.point not in ON_REQUEST]
+    assert model.resolve("blocks.1.*") == [name for name in model.resolve("*") if name.layer == 1]
+    _, results = model.run_with_cache(TOKENS, "blocks.*.attn.hook_result")
+    assert [tuple(results[name].shape) for name in results] == [(2, 7, 4, 32)] * 3
 
 
 @FAMILIES

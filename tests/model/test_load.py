@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Starcoder2Config, T5Config, T5ForConditionalGeneration
 
 from microtome.common.errors import ModelError
 from microtome.model import HookedModel, load_model
 from microtome.model.builtin import BUILTIN, packaged_file
+from microtome.model.families import GEMMA
+from microtome.model.generic import UnknownFamilyWarning
+from microtome.model.load import ExtraWeightsWarning
+from microtome.model.validate import validate
+from tests.model.families import KINDS, make
 
 
 @pytest.fixture
@@ -77,11 +83,98 @@ def test_a_file_that_only_claims_to_be_gguf(tmp_path: Path) -> None:
         load_model(tmp_path / "a.gguf")
 
 
-def test_a_family_without_a_spec(tmp_path: Path) -> None:
-    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=30)
-    BertModel(config).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ModelError, match=r"model_type 'bert'.*llama"):
-        load_model(tmp_path / "bert")
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_each_family_is_loaded_from_a_folder_without_tokenizer(kind: str, tmp_path: Path) -> None:
+    model = make(kind)
+    model.hf.save_pretrained(tmp_path / kind)
+    loaded = load_model(tmp_path / kind, device="cpu")
+    tokens = torch.tensor([[0, 17, 45, 80, 301]])
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert loaded.hook_points == model.hook_points
+    assert loaded.tokenizer is None
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_validated_against_its_spec(kind: str, dtype: torch.dtype) -> None:
+    model = make(kind, dtype)
+    differences = validate(model)
+    assert bool(differences) == model.spec.additive
+
+
+def test_a_model_wired_otherwise_than_its_spec_is_refused() -> None:
+    """Gemma-2's blocks norm what they add; read as a Gemma of the first kind, their parts do not add up."""
+    gemma = make("gemma2")
+    with pytest.raises(ModelError, match=r"is not wired as its family gemma is.*resid_pre \+ attn_out"):
+        validate(HookedModel(gemma.hf, None, name="wrong", spec=GEMMA))
+
+
+def test_a_family_without_a_spec_gets_its_residual_stream(tmp_path: Path) -> None:
+    hf = AutoModelForCausalLM.from_config(
+        Starcoder2Config(
+            vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+        )
+    )
+    hf.save_pretrained(tmp_path / "other")
+    with pytest.warns(UnknownFamilyWarning, match="'starcoder2' has no spec.*none inside attention"):
+        model = load_model(tmp_path / "other", device="cpu")
+    tokens = torch.tensor([[3, 7, 9]])
+    logits, cache = model.run_with_cache(tokens)
+    assert torch.equal(logits, hf.eval()(input_ids=tokens, use_cache=False).logits)
+    stream = hf(input_ids=tokens, output_hidden_states=True).hidden_states
+    assert torch.equal(cache["resid_pre", 1], stream[1])
+    zeroed = model.run_with_hooks(tokens, [("blocks.1.hook_resid_post", lambda act, hook: act * 0)])
+    assert not torch.equal(zeroed, logits)
+    with pytest.raises(ModelError, match="Unknown hook point"):
+        model.resolve("blocks.0.attn.hook_z")
+
+
+def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=30, d_model=16, num_layers=1, num_heads=2, d_ff=16)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ModelError, match="Could not load"):
+        load_model(tmp_path / "t5")
+
+
+def test_missing_and_extra_weights(saved: Path) -> None:
+    file = saved / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"model.layers.0.self_attn.extra": torch.zeros(3)}, file, metadata={"format": "pt"})
+    with pytest.warns(ExtraWeightsWarning, match=r"1 weights .*self_attn\.extra"):
+        load_model(saved)
+    save_file({k: v for k, v in weights.items() if "layers.1.mlp" not in k}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"not whole.*3 missing.*layers\.1\.mlp"):
+        load_model(saved)
+    save_file(weights | {"model.norm.weight": torch.ones(7)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"not whole|Could not load"):
+        load_model(saved)
+
+
+def test_a_device_map_is_handed_on(saved: Path, tiny_llama: HookedModel) -> None:
+    model = load_model(saved, device_map={"": "cpu"})
+    assert torch.equal(model("The cat"), tiny_llama("The cat"))
+
+
+def test_memory_at_load_is_little_more_than_the_weights(tmp_path: Path) -> None:
+    """Peak resident memory of a process that loads about 200 MB, against one that loads next to nothing."""
+    sizes = {"small": 64, "large": 2048}
+    peaks = {}
+    for name, width in sizes.items():
+        hf = AutoModelForCausalLM.from_config(
+            LlamaConfig(
+                vocab_size=512, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4
+            )
+        )
+        hf.save_pretrained(tmp_path / name)
+        code = (
+            f"import resource; from microtome.model import load_model; load_model({str(tmp_path / name)!r}, device='cpu')\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        peaks[name] = int(done.stdout)
+    weights = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert weights > 2e8
+    assert peaks["large"] - peaks["small"] < 1.1 * weights
 
 
 def test_a_damaged_config(saved: Path) -> None:

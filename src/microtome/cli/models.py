@@ -16,7 +16,7 @@ class Options(CommandOptions):
 def run(options: Options) -> dict[str, Any]:
     """The built-in models and their state, the families that have a spec, and the models in the Hugging Face cache."""
     from microtome.model.builtin import BUILTIN, BuiltinModel, cache_folder, packaged_file
-    from microtome.model.specs import FAMILIES
+    from microtome.model.families import FAMILIES
 
     def state(model: BuiltinModel) -> str:
         if (cache_folder() / "models" / model.name / "provenance.json").exists():

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -177,12 +177,8 @@ class HookedModel:
 
     def _inputs(self, tokens: Input) -> dict[str, Any]:
         """What the module is called with: checked ids, and for padded rows the mask and each token's own position."""
-        if isinstance(tokens, Prompts):
-            batch = tokens
-        elif isinstance(tokens, Tensor):
-            batch = Prompts(tokens)
-        else:
-            batch = self.prompts(tokens)
+        batch = tokens if isinstance(tokens, Prompts | Tensor) else self.prompts(tokens)
+        batch = batch if isinstance(batch, Prompts) else Prompts(prompts.checked(batch, self.config, self.name))
         ids = prompts.checked(batch.tokens, self.config, self.name).to(self.device)
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if batch.mask is not None and batch.positions is not None:

@@ -77,7 +77,7 @@ class KernelMode(TorchFunctionMode):
         pattern = func(scores, *args[1:], **kwargs)
         if taps := self.taps.get("pattern"):
             answer, needed = visit(taps, pattern.to(self.dtype).nan_to_num(0.0))
-            pattern = answer.to(pattern.dtype) if needed else pattern
+            pattern = answer.to(pattern.dtype).contiguous() if needed else pattern
         return pattern
 
     def _fused(

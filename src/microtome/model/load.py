@@ -1,21 +1,32 @@
-"""`load_model`: a model by built-in name, Hugging Face id, local folder or GGUF file."""
+"""`load_model`: a model by built-in name, Hugging Face id, local folder or GGUF file.
+
+What is loaded is checked: no weight is missing, and a short run shows that the model is wired as its family's spec says.
+"""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from microtome.common.device import parse_device, parse_dtype
-from microtome.common.errors import ModelError, nearest
+from microtome.common.errors import ConfigError, ModelError, nearest
 from microtome.model.builtin import BUILTIN, builtin_folder
-from microtome.model.hooked import HookedModel
 from microtome.model.families import family_of
+from microtome.model.generic import generic_spec
+from microtome.model.hooked import HookedModel
 from microtome.model.reference_hf import register
+from microtome.model.validate import validate as validate_model
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+
+
+class ExtraWeightsWarning(UserWarning):
+    """A checkpoint holds weights that the model has no place for."""
 
 
 def load_model(
@@ -23,42 +34,50 @@ def load_model(
     *,
     dtype: str | torch.dtype = "fp32",
     device: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    quantization: Any | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    validate: bool = True,
 ) -> HookedModel:
     """Open a model.
 
     `name` is a built-in name (`"smollm2-135m"`), a local folder, a GGUF file, or a Hugging Face id. Weights come from
-    safetensors (or `weights_only` pickles), in `dtype` on `device`. `trust_remote_code` lets a hub model run its own
-    code.
+    safetensors (or `weights_only` pickles), in `dtype` on `device`. `device_map` (`"auto"`, or a map of modules) spreads a
+    model over devices, and `quantization` is a quantization config of transformers; both are handed to transformers
+    as they are, and hooks see what the model sees. `trust_remote_code` lets a hub model run its own code.
 
-    Raises ModelError for a name that is none of these, a folder without weights, a family without a spec, or when there
-    is neither network nor local copy.
+    Raises ModelError for a name that is none of these, a folder without weights or with some missing, a model that is
+    not wired as its family's spec says, or when there is neither network nor local copy. A family without a spec gets
+    hook points on the residual stream alone, with a warning.
     """
-    text = str(name)
-    source = _source(text, revision) | {"trust_remote_code": trust_remote_code}
+    source = _source(str(name), revision) | {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": _supported(parse_dtype(dtype), device), "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are refused below, by name
+    options |= {"device_map": device_map} if device_map is not None else {}
+    options |= {"quantization_config": quantization} if quantization is not None else {}
     register()
-    hf_progress = hf_logging.is_progress_bar_enabled()
+    bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(**source)
-        spec = family_of(config)
-        hf = AutoModelForCausalLM.from_pretrained(**source, dtype=parse_dtype(dtype))
+        hf, report = AutoModelForCausalLM.from_pretrained(**source, **options)
         tokenizer = _tokenizer(source)
     except (OSError, ValueError, ImportError) as error:
-        raise _not_loaded(text, error) from error
+        raise _not_loaded(str(name), error) from error
     finally:
-        if hf_progress:
+        if bars:
             hf_logging.enable_progress_bar()
+    _check_weights(str(name), report)
+    if device_map is None and quantization is None:
+        hf = hf.to(parse_device(device))
     if tokenizer is not None:
-        tokenizer.name_or_path = text  # not this machine's cache folder: the name goes into artifacts
-    return HookedModel(
-        hf.to(parse_device(device)),  # type: ignore[arg-type]  # the library wraps `to` without its types
-        tokenizer,
-        name=text,
-        spec=spec,
-        revision=revision or getattr(config, "_commit_hash", None),
-    )
+        tokenizer.name_or_path = str(name)  # not this machine's cache folder: the name goes into artifacts
+    revision = revision or getattr(config, "_commit_hash", None)
+    model = HookedModel(hf, tokenizer, name=str(name), spec=family_of(config) or generic_spec(hf), revision=revision)
+    if validate:
+        validate_model(model)
+    return model
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -84,6 +103,37 @@ def _source(text: str, revision: str | None) -> dict[str, Any]:
     if Path(text).is_dir():
         return {"pretrained_model_name_or_path": str(_folder(Path(text)))}
     return {"pretrained_model_name_or_path": text, "revision": revision}
+
+
+def _supported(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The dtype. Raises ConfigError for bf16 on a GPU that has none."""
+    on = parse_device(device)
+    if on.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(f"{torch.cuda.get_device_name(on)} does not compute in bf16", fix="Use fp16 or fp32")
+    return dtype
+
+
+def _check_weights(name: str, report: dict[str, Any]) -> None:
+    """Raises ModelError for weights that the checkpoint lacks or has in another shape; warns of those left over."""
+    missing = sorted(report.get("missing_keys", ()))
+    mismatched = sorted(str(key) for key in report.get("mismatched_keys", ()))
+    extra = sorted(report.get("unexpected_keys", ()))
+    if missing or mismatched:
+        raise ModelError(
+            f"The weights of {name} are not whole: parts of the model would be left random",
+            got=f"{len(missing)} missing, {len(mismatched)} of another shape: {_few([*missing, *mismatched])}",
+            fix="Fetch the checkpoint again, or check that config.json belongs to it",
+        )
+    if extra:
+        warnings.warn(
+            f"{name} holds {len(extra)} weights that the model has no place for: {_few(extra)}",
+            ExtraWeightsWarning,
+            stacklevel=3,
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _gguf(file: Path) -> dict[str, Any]:
@@ -120,6 +170,11 @@ def _tokenizer(source: dict[str, Any]) -> PreTrainedTokenizerBase | None:
 def _not_loaded(name: str, error: Exception) -> ModelError:
     """What went wrong, in one sentence that names the remedy."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    cause = error.__cause__ if isinstance(error.__cause__, RepositoryNotFoundError) else error
+    if isinstance(cause, GatedRepoError):
+        return ModelError(
+            f"The model {name!r} is gated", got=first, fix="Ask for access on its page, then log in with `hf auth login`"
+        )
     close = nearest(name, BUILTIN)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local:

@@ -41,7 +41,7 @@ def encode(
     return Prompts(torch.from_numpy(ids), None if mask.all() else mask)
 
 
-def checked(tokens: Tensor, config: ModelConfig, name: str) -> Tensor:
+def checked(tokens: Tensor, config: ModelConfig, name: str) -> Int[Tensor, "batch pos"]:
     """Token ids as `[batch, pos]`. Raises InputError for ids that the model cannot run."""
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or tokens.is_floating_point() or 0 in tokens.shape:

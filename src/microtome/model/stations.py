@@ -215,7 +215,7 @@ class _Feed:
         changed = (answer != own).any(-1, keepdim=True)
         if not self.through and not answer.requires_grad and not changed.any():
             return None
-        W, b = self.weights  # noqa: N806 - the field's names
+        W, b = self.weights
         read = answer if self.norm is None else type(self.norm).forward(self.norm, answer)
         for positions in self.added:
             read = read + positions.unsqueeze(2)
@@ -263,7 +263,7 @@ class ResultStation:
 
     def open(self, hf: nn.Module, run: Run, taps: Taps) -> Handles:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            W_O, b_O = self.weights(hf)  # noqa: N806
+            W_O, b_O = self.weights(hf)
             result = torch.einsum("bphk,hkd->bphd", self.view.read(args[0]), W_O)
             answer, needed = visit(taps[self.name], for_taps(taps[self.name], result))
             if not needed:

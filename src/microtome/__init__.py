@@ -4,27 +4,9 @@
 used; the table below is the whole public surface.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from microtome.activations import HarvestConfig as HarvestConfig
-    from microtome.activations import harvest as harvest
-    from microtome.common.errors import MicrotomeError as MicrotomeError
-    from microtome.dictionary import EvaluateConfig as EvaluateConfig
-    from microtome.dictionary import TopKConfig as TopKConfig
-    from microtome.dictionary import TrainConfig as TrainConfig
-    from microtome.dictionary import evaluate as evaluate
-    from microtome.dictionary import load_dictionary as load_dictionary
-    from microtome.dictionary import train as train
-    from microtome.features import IndexConfig as IndexConfig
-    from microtome.features import build_index as build_index
-    from microtome.features import open_index as open_index
-    from microtome.model import load_model as load_model
-    from microtome.text import TokenDataset as TokenDataset
-    from microtome.text import TokenizeConfig as TokenizeConfig
-    from microtome.text import open_corpus as open_corpus
-    from microtome.text import tokenize_corpus as tokenize_corpus
+from microtome.common.lazy import lazy
 
 __version__ = "0.1.0"
 
@@ -51,15 +33,23 @@ _HOMES = {
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 – the names are strings; the linter cannot see through the star
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'microtome' has no attribute {name!r}; its names are {', '.join(_HOMES)}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+if TYPE_CHECKING:
+    from microtome.activations import HarvestConfig as HarvestConfig
+    from microtome.activations import harvest as harvest
+    from microtome.common.errors import MicrotomeError as MicrotomeError
+    from microtome.dictionary import EvaluateConfig as EvaluateConfig
+    from microtome.dictionary import TopKConfig as TopKConfig
+    from microtome.dictionary import TrainConfig as TrainConfig
+    from microtome.dictionary import evaluate as evaluate
+    from microtome.dictionary import load_dictionary as load_dictionary
+    from microtome.dictionary import train as train
+    from microtome.features import IndexConfig as IndexConfig
+    from microtome.features import build_index as build_index
+    from microtome.features import open_index as open_index
+    from microtome.model import load_model as load_model
+    from microtome.text import TokenDataset as TokenDataset
+    from microtome.text import TokenizeConfig as TokenizeConfig
+    from microtome.text import open_corpus as open_corpus
+    from microtome.text import tokenize_corpus as tokenize_corpus
+else:
+    __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -74,6 +74,11 @@ def test_importing_a_command_loads_no_torch(name: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_listing_the_models_loads_no_torch() -> None:
+    code = "import sys; from microtome.cli.main import main; assert main(['models']) == 0; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'transformers' not in sys.modules"], check=True)
+
+
 def test_usage_names_each_command() -> None:
     rows = [line.split()[0] for line in usage().splitlines() if line.startswith("  ")]
     assert rows == list(COMMANDS)

@@ -6,11 +6,12 @@ else in Microtome knows a family's module names.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Literal
 
 from microtome.common.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class FamilySpec:
     unembedding: str
     final_norm: str
 
-    def model_config(self, hf: PretrainedConfig) -> ModelConfig:
+    def model_config(self, hf: "PretrainedConfig") -> ModelConfig:
         """The sizes in a Hugging Face config (whose own `attribute_map` already evens out most names)."""
         heads = hf.num_attention_heads
         d_head = getattr(hf, "head_dim", None) or hf.hidden_size // heads
@@ -118,7 +119,7 @@ GPT2 = FamilySpec(
 FAMILIES = (LLAMA, GPT2)
 
 
-def spec_for(config: PretrainedConfig) -> FamilySpec:
+def spec_for(config: "PretrainedConfig") -> FamilySpec:
     """The spec of a Hugging Face config's family. Raises ModelError for a family that has none."""
     for spec in FAMILIES:
         if config.model_type in spec.model_types:

@@ -28,7 +28,7 @@ from microtome.common.device import fast_dtype, parse_device
 from microtome.common.errors import MicrotomeError
 from microtome.common.progress import progress
 from microtome.dictionary import Dictionary, load_dictionary
-from microtome.dictionary.evaluate import check_fit
+from microtome.dictionary.fit import check_fit
 from microtome.model import HookedModel, load_model
 from microtome.text import TokenDataset
 

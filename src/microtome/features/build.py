@@ -26,7 +26,7 @@ from microtome.common.config import JsonObject, difference, from_dict, to_dict
 from microtome.common.errors import ArtifactError, InputError, ModelError
 from microtome.common.progress import progress
 from microtome.dictionary import Dictionary
-from microtome.dictionary.evaluate import check_fit
+from microtome.dictionary.fit import check_fit
 from microtome.dictionary.formats import CFG
 from microtome.features.config import KIND, IndexConfig, IndexRecord, histogram_edges
 from microtome.features.index import FeatureIndex, open_index

@@ -6,7 +6,8 @@ from typing import Any
 
 from microtome.cli.options import CommandOptions, lines
 from microtome.common.artifacts import read_json
-from microtome.common.config import from_dict
+from microtome.common.config import from_dict, require
+from microtome.common.device import DTypeName
 from microtome.common.errors import ConfigError
 
 
@@ -16,8 +17,8 @@ class Options(CommandOptions):
 
     model: str = "smollm2-135m"
     """Built-in name, Hugging Face id, local folder or GGUF file."""
-    dtype: str = "fp32"
-    """fp32, bf16 or fp16."""
+    dtype: DTypeName = "fp32"
+    """The dtype the model computes in."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     prompt: str | None = None
@@ -42,9 +43,15 @@ class Options(CommandOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Sample the corpus of the recipe, or continue the prompt."""
-    from microtome.model import load_model
-    from microtome.model.sampling import CorpusRecipe, sample_continuations, sample_corpus
+    check(options)
+    if options.recipe is not None and options.out is not None:
+        return _corpus(options, options.recipe, options.out)
+    assert options.prompt is not None
+    return _continuation(options, options.prompt)
 
+
+def check(options: Options) -> None:
+    """Raise ConfigError for options that do not go together or are out of range, before torch is loaded (seconds)."""
     if (options.prompt is None) == (options.recipe is None):
         raise ConfigError("Say either --prompt TEXT or --recipe FILE")
     if options.recipe is not None:
@@ -52,16 +59,31 @@ def run(options: Options) -> dict[str, Any]:
             raise ConfigError("A corpus needs a folder", fix="Say --out FOLDER")
         if not options.recipe.is_file():
             raise ConfigError(f"There is no recipe {options.recipe}", expected="a JSON file")
-        recipe = from_dict(CorpusRecipe, read_json(options.recipe))
-        model = load_model(options.model, dtype=options.dtype, device=options.device)
-        folder = sample_corpus(model, recipe, options.out, overwrite=options.overwrite)
-        made = read_json(folder / "provenance.json")
-        return {"out": str(folder), "documents": made["n_documents"], "tokens": made["n_tokens"]}
-    assert options.prompt is not None
+    require(options.max_new_tokens > 0, "--max-new-tokens must be positive", got=options.max_new_tokens)
+    require(options.temperature > 0, "--temperature must be positive", got=options.temperature)
+    require(options.top_k > 0, "--top-k must be positive", got=options.top_k)
+    require(0 < options.top_p <= 1, "--top-p must be in (0, 1]", got=options.top_p)
+
+
+def _corpus(options: Options, file: Path, out: Path) -> dict[str, Any]:
+    from microtome.model import load_model
+    from microtome.model.sampling import CorpusRecipe, sample_corpus
+
+    recipe = from_dict(CorpusRecipe, read_json(file))
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    folder = sample_corpus(model, recipe, out, overwrite=options.overwrite)
+    made = read_json(folder / "provenance.json")
+    return {"out": str(folder), "documents": made["n_documents"], "tokens": made["n_tokens"]}
+
+
+def _continuation(options: Options, prompt: str) -> dict[str, Any]:
+    from microtome.model import load_model
+    from microtome.model.sampling import sample_continuations
+
     model = load_model(options.model, dtype=options.dtype, device=options.device)
     [ids] = sample_continuations(
         model,
-        model.to_tokens(options.prompt).tolist(),
+        model.to_tokens(prompt).tolist(),
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,

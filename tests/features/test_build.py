@@ -1,5 +1,6 @@
 """`build_index` on a tiny real model: against plain arithmetic, killed and resumed, and with parts that do not fit."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -57,15 +58,25 @@ def built(model: HookedModel, sae: Dictionary, dataset: TokenDataset, tmp_path_f
     return out
 
 
-def test_index_equals_a_plain_run(model: HookedModel, sae: Dictionary, dataset: TokenDataset, built: Path) -> None:
-    index = open_index(built)
+@pytest.mark.parametrize("share_of_sinks", [0.0, 0.3])
+def test_index_equals_a_plain_run(
+    share_of_sinks: float, model: HookedModel, sae: Dictionary, dataset: TokenDataset, built: Path, tmp_path: Path
+) -> None:
+    """Of all text tokens but those whose activation is too long: as a rule none here, or the longest 30 %."""
     tokens = torch.from_numpy(dataset.batch(0, dataset.n_sequences))
     with torch.no_grad():
         activations = model.activations(tokens, HOOK)[HOOK]
         dense = sae.encode(activations.flatten(0, 1)).to_dense().view(*tokens.shape, -1).numpy()
     text = np.isin(tokens.numpy(), dataset.special_ids, invert=True)
+    n_text, lengths, index = int(text.sum()), activations.norm(dim=-1).numpy(), open_index(built)
+    if share_of_sinks:
+        limit = float(np.quantile(lengths[text], 1 - share_of_sinks))
+        index = build_index(model, sae, dataset, tmp_path / "i", config=dataclasses.replace(CONFIG, sink_norm=limit))
+        text &= lengths <= limit
+        assert 0.6 * n_text < text.sum() < 0.8 * n_text
     dense = np.where(text[:, :, None], dense, 0)
     assert index.summary.n_tokens == text.sum()
+    assert read_json(index.path / "summary.json")["n_sinks"] == n_text - text.sum()
     assert (index.summary.n_dead, index.summary.d_sae) == (int((dense.max((0, 1)) == 0).sum()), 40)
     for row in index.features(alive=None, sort="feature", descending=False).rows:
         fired = dense[:, :, row.feature][dense[:, :, row.feature] > 0]
@@ -112,7 +123,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
     seen: list[int] = []
     whole = _Pass.codes
 
-    def codes(self: _Pass, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def codes(self: _Pass, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seen.append(block)
         if len(seen) - 2 == killed_at:  # the first call chooses the histogram
             raise Killed
@@ -137,7 +148,7 @@ def test_resuming_does_not_run_the_first_batches_again(
     whole = _Pass.codes
     seen: list[int] = []
 
-    def codes(self: _Pass, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def codes(self: _Pass, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seen.append(block)
         if block == 7:
             raise KeyboardInterrupt

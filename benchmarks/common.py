@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +22,21 @@ from microtome.model import HookedModel
 from microtome.text import TokenDataset, TokenizeConfig, open_corpus, tokenize_corpus
 
 _PACKAGES = ("microtome", "torch", "transformers", "sae-lens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelAndText:
+    """What all benchmarks are told: the activations of which model, entering which layer, on which text."""
+
+    model: str = "smollm2-135m"
+    layer: int = 15
+    corpus: str = "demo"
+    context: int = 128
+    device: str = "auto"
+
+    @property
+    def hook_name(self) -> str:
+        return f"blocks.{self.layer}.hook_resid_pre"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -61,12 +77,14 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def tokens_of(model: HookedModel, corpus: str, context: int, n_tokens: int, folder: Path) -> TokenDataset:
-    """About `n_tokens` tokens of a corpus as a token dataset in `folder`."""
+def tokens_of(model: HookedModel, text: ModelAndText, n_tokens: int, folder: Path) -> TokenDataset:
+    """About `n_tokens` tokens of the corpus as a token dataset in `folder`."""
     if model.tokenizer is None:
         raise ConfigError(f"{model.name} came without a tokenizer", fix="Choose a model that has one")
-    config = TokenizeConfig(context=context, max_tokens=n_tokens)
-    return tokenize_corpus(open_corpus(corpus), model.tokenizer, folder, config=config, max_context=model.config.n_ctx)
+    config = TokenizeConfig(context=text.context, max_tokens=n_tokens)
+    return tokenize_corpus(
+        open_corpus(text.corpus), model.tokenizer, folder, config=config, max_context=model.config.n_ctx
+    )
 
 
 def in_turn(sides: Mapping[str, Callable[[], float]], rounds: int, label: str) -> dict[str, list[float]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.agreement import Agreement
-from benchmarks.common import in_turn, machine, rate, ratio, timed, tokens_of
+from benchmarks.common import ModelAndText, in_turn, machine, rate, ratio, timed, tokens_of
 from microtome.activations import HarvestConfig, harvest
 from microtome.activations.source import text_mask
 from microtome.common.config import require, to_dict
@@ -28,26 +28,21 @@ from microtome.common.device import fast_dtype, parse_device
 from microtome.common.errors import MicrotomeError
 from microtome.common.progress import progress
 from microtome.dictionary import Dictionary, load_dictionary
-from microtome.dictionary.evaluate import check_fit
+from microtome.dictionary.fit import check_fit
 from microtome.model import HookedModel, load_model
 from microtome.text import TokenDataset
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ModelAndText):
     """`tokens` are run in each turn of each side, `rounds` times; on `compare_tokens` the two dtypes are compared, through
     `dictionary` too ("demo": the one that ships)."""
 
-    model: str = "smollm2-135m"
-    layer: int = 15
-    corpus: str = "demo"
-    context: int = 128
     batch_tokens: int = 4096
     tokens: int = 16_384
     rounds: int = 5
     compare_tokens: int = 65_536
     dictionary: str = "demo"
-    device: str = "auto"
 
     def __post_init__(self) -> None:
         require(self.rounds > 0, "rounds must be positive", got=self.rounds)
@@ -56,10 +51,6 @@ class Config:
             "tokens, compare_tokens and batch_tokens must each hold a sequence",
             got=f"context {self.context}",
         )
-
-    @property
-    def hook_name(self) -> str:
-        return f"blocks.{self.layer}.hook_resid_pre"
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -72,7 +63,8 @@ def run(config: Config) -> dict[str, Any]:
     else:
         notes.append("bf16 is left out: this hardware does not multiply it")
     with tempfile.TemporaryDirectory(prefix="microtome-bench-") as scratch:
-        dataset = _dataset(models["fp32"], config, Path(scratch) / "tokens")
+        n_tokens = max(config.tokens, config.compare_tokens)
+        dataset = tokens_of(models["fp32"], config, n_tokens, Path(scratch) / "tokens")
         part = dataset.slice(0, min(config.tokens // config.context, dataset.n_sequences))
         seconds = in_turn(_sides(models, part, config, Path(scratch)), config.rounds, "bench harvest")
         speed = {name: rate(part.n_tokens, some) for name, some in seconds.items()}
@@ -97,10 +89,6 @@ def run(config: Config) -> dict[str, Any]:
         },
         "notes": notes,
     }
-
-
-def _dataset(model: HookedModel, config: Config, folder: Path) -> TokenDataset:
-    return tokens_of(model, config.corpus, config.context, max(config.tokens, config.compare_tokens), folder)
 
 
 # ---- the sides --------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def _harvest(config: Config, file: Path, scratch: Path) -> None:
     wanted = config.rows + config.held_out
     # A little more than wanted, for the special tokens that are left out.
     n_tokens = wanted + wanted // 8 + 4 * config.context
-    source = ModelSource(model, tokens_of(model, config.corpus, config.context, n_tokens, scratch), config.hook_name)
+    source = ModelSource(model, tokens_of(model, config, n_tokens, scratch), config.hook_name)
     found = int(source.block_rows.sum())
     require(found >= wanted, "The corpus is too short", got=f"{found} tokens of text", expected=f"{wanted}")
     pieces, n = [], 0

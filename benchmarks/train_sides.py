@@ -17,33 +17,28 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.common import resident_bytes, timed
+from benchmarks.common import ModelAndText, resident_bytes, timed
 from microtome.activations import ActivationStream, StreamConfig
 from microtome.common.config import JsonObject, require
 from microtome.common.device import parse_device
 from microtome.dictionary import TopKConfig, TrainConfig
 from microtome.dictionary.evaluate import Moments
-from microtome.dictionary.trainer import Trainer
+from microtome.dictionary.trainer import STATISTICS_BATCHES, Trainer
 
 END = ("fvu", "dead", "start_bytes", "peak_bytes", "peak_gpu_bytes")
 _BLOCK = 2048
 _BUFFERED_BATCHES = 8
-_STATISTICS_BATCHES = 4
 Rows = Float[Tensor, "row d"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ModelAndText):
     """`rows` activations to train on, over and over if `steps` need more; `held_out` more to measure FVU on. A turn is
     `steps_per_turn` steps, and the first turn is not timed.
 
     `dead_after` is the number of tokens without a firing after which a latent gets the auxiliary loss, on all sides.
     """
 
-    model: str = "smollm2-135m"
-    layer: int = 15
-    corpus: str = "demo"
-    context: int = 128
     rows: int = 131_072
     held_out: int = 16_384
     d_sae: int = 4608
@@ -56,7 +51,6 @@ class Config:
     decay_fraction: float = 0.3
     dead_after: int = 1_000_000
     seed: int = 0
-    device: str = "auto"
 
     def __post_init__(self) -> None:
         require(self.rows >= self.batch_size > 0, "rows must hold a batch", got=self.rows)
@@ -69,8 +63,12 @@ class Config:
         )
 
     @property
-    def hook_name(self) -> str:
-        return f"blocks.{self.layer}.hook_resid_pre"
+    def buffer_size(self) -> int:
+        return _BUFFERED_BATCHES * self.batch_size
+
+    @property
+    def n_tokens(self) -> int:
+        return self.steps * self.batch_size
 
 
 class RowSource:
@@ -111,9 +109,9 @@ class Microtome:
     def __init__(self, config: Config, rows: Rows) -> None:
         architecture = TopKConfig(d_sae=config.d_sae, k=config.k, dead_after=config.dead_after)
         settings = TrainConfig(
-            n_tokens=config.steps * config.batch_size,
+            n_tokens=config.n_tokens,
             batch_size=config.batch_size,
-            buffer_size=_BUFFERED_BATCHES * config.batch_size,
+            buffer_size=config.buffer_size,
             lr=config.lr,
             warmup_steps=config.warmup_steps,
             decay_fraction=config.decay_fraction,
@@ -123,10 +121,10 @@ class Microtome:
         self._folder = tempfile.TemporaryDirectory(prefix="microtome-bench-")
         out = Path(self._folder.name) / "dictionary"
         self.trainer = Trainer(architecture, RowSource(rows, config), out, settings)
-        self.batches = self.trainer._begin()
+        self.batches = self.trainer.begin()
 
     def step(self) -> object:
-        return self.trainer._train_step(next(self.batches))
+        return self.trainer.train_step(next(self.batches))
 
     @torch.no_grad()
     def reconstruct(self, x: Rows) -> Rows:
@@ -159,7 +157,7 @@ class SAELens:
             )
         )
         settings = SAETrainerConfig(
-            total_training_samples=config.steps * config.batch_size,
+            total_training_samples=config.n_tokens,
             train_batch_size_samples=config.batch_size,
             lr=config.lr,
             lr_end=config.lr / 10,  # must be given, and is not used by the constant scheduler
@@ -172,7 +170,7 @@ class SAELens:
         self.trainer = SAETrainer(cfg=settings, sae=sae, data_provider=_batches(rows, config))
         sae.to(device)
         self.trainer.activation_scaler.estimate_scaling_factor(
-            rows.shape[1], _batches(rows, config), n_batches_for_norm_estimate=_STATISTICS_BATCHES
+            rows.shape[1], _batches(rows, config), n_batches_for_norm_estimate=STATISTICS_BATCHES
         )
 
     def step(self) -> object:
@@ -195,9 +193,7 @@ class SAELens:
 
 def _batches(rows: Rows, config: Config) -> Iterator[Rows]:
     """The batches that Microtome's trainer takes, as fp32."""
-    settings = StreamConfig(
-        batch_size=config.batch_size, buffer_size=_BUFFERED_BATCHES * config.batch_size, seed=config.seed
-    )
+    settings = StreamConfig(batch_size=config.batch_size, buffer_size=config.buffer_size, seed=config.seed)
     return (batch.float() for batch in ActivationStream(RowSource(rows, config), settings))
 
 

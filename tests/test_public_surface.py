@@ -1,10 +1,8 @@
 """`import microtome`: which names it has, and that it stays light."""
 
-import ast
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -51,16 +49,9 @@ def test_each_name_is_there(name: str) -> None:
     assert getattr(microtome, name) is not None
 
 
-def test_type_checkers_see_the_same_names() -> None:
-    tree = ast.parse(Path(microtome.__file__).read_text(encoding="utf-8"))
-    block = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {(a.asname, n.module) for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
-    assert seen == set(microtome._HOMES.items())
-
-
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'load_modle'; its names are open_corpus"):
-        _ = microtome.load_modle
+        _ = microtome.load_modle  # type: ignore[attr-defined]  # type checkers know it too
 
 
 def test_import_is_light() -> None:

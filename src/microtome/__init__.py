@@ -4,8 +4,35 @@
 used; the table below is the whole public surface.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from microtome.common.lazy import lazy
+
+__version__ = "0.1.0"
+
+# Where each public name lives, in the order of the data's path.
+_HOMES = {
+    "open_corpus": "microtome.text",
+    "TokenizeConfig": "microtome.text",
+    "tokenize_corpus": "microtome.text",
+    "TokenDataset": "microtome.text",
+    "load_model": "microtome.model",
+    "edits": "microtome.model.edits",
+    "HarvestConfig": "microtome.activations",
+    "harvest": "microtome.activations",
+    "TopKConfig": "microtome.dictionary",
+    "TrainConfig": "microtome.dictionary",
+    "train": "microtome.dictionary",
+    "load_dictionary": "microtome.dictionary",
+    "EvaluateConfig": "microtome.dictionary",
+    "evaluate": "microtome.dictionary",
+    "IndexConfig": "microtome.features",
+    "build_index": "microtome.features",
+    "open_index": "microtome.features",
+    "MicrotomeError": "microtome.common.errors",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 – the names are strings; the linter cannot see through the star
 
 if TYPE_CHECKING:
     from microtome.activations import HarvestConfig as HarvestConfig
@@ -26,42 +53,5 @@ if TYPE_CHECKING:
     from microtome.text import TokenizeConfig as TokenizeConfig
     from microtome.text import open_corpus as open_corpus
     from microtome.text import tokenize_corpus as tokenize_corpus
-
-__version__ = "0.1.0"
-
-# Where each public name lives, in the order of the data's path.
-_HOMES = {
-    "open_corpus": "microtome.text",
-    "TokenizeConfig": "microtome.text",
-    "tokenize_corpus": "microtome.text",
-    "TokenDataset": "microtome.text",
-    "load_model": "microtome.model",
-    "edits": "microtome.model",
-    "HarvestConfig": "microtome.activations",
-    "harvest": "microtome.activations",
-    "TopKConfig": "microtome.dictionary",
-    "TrainConfig": "microtome.dictionary",
-    "train": "microtome.dictionary",
-    "load_dictionary": "microtome.dictionary",
-    "EvaluateConfig": "microtome.dictionary",
-    "evaluate": "microtome.dictionary",
-    "IndexConfig": "microtome.features",
-    "build_index": "microtome.features",
-    "open_index": "microtome.features",
-    "MicrotomeError": "microtome.common.errors",
-}
-
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 – the names are strings; the linter cannot see through the star
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'microtome' has no attribute {name!r}; its names are {', '.join(_HOMES)}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+else:
+    __getattr__, __dir__ = lazy(__name__, _HOMES)

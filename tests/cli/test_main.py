@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import microtome
-from microtome.cli.main import main
+from microtome.cli import bench, harvest, train
+from microtome.cli.main import main, parse
 from microtome.cli.options import lines, size
 
 MICROTOME = [sys.executable, "-m", "microtome.cli.main"]
@@ -112,6 +113,33 @@ def test_the_installed_command(tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("microtome")
     shown = subprocess.run([script, "--version"], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert shown.stdout == f"microtome {microtome.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--hooks a b --out c",
+        "--hooks a,b --out c",
+        "--out c --hooks=a,b",
+        "--out c --hooks a, b",
+        "--out=c --hooks ,a,b",
+    ],
+)
+def test_several_values_have_spaces_or_commas_between(words: str) -> None:
+    options = parse("harvest", words.split())
+    assert isinstance(options, harvest.Options)
+    assert (options.hooks, options.out) == (("a", "b"), Path("c"))
+
+
+def test_which_commas_separate() -> None:
+    sized = parse("bench", ["train", "--set", "rounds=3,corpus=a,b,lr=0.1", "model=c"])
+    assert isinstance(sized, bench.Options)
+    assert (sized.name, sized.set) == ("train", ("rounds=3", "corpus=a,b", "lr=0.1", "model=c"))
+    logged = parse("train", ["--log_to", "tensorboard,wandb", "--out", "a,b"])
+    assert isinstance(logged, train.Options)
+    assert (logged.log_to, logged.out) == (("tensorboard", "wandb"), Path("a,b"))
+    with pytest.raises(SystemExit):
+        parse("train", ["--log-to", "tensorboard,paper", "--out", "a"])
 
 
 def test_lines() -> None:

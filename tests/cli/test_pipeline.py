@@ -62,11 +62,11 @@ def test_from_text_to_index(here: Path, run: Run) -> None:
 
     built = run("index", "sae", *MODEL, *TEXT, "--part", "0:0.8", "--store", "acts", "--out", "index", "--window", "8")
     assert built["tokens"] < made["tokens"], "special tokens are not counted"
-    index = open_index("index")
-    assert index.summary.metrics["fvu"] == figures["fvu"]
-    assert index.summary.n_alive == built["alive"] > 0
-    best = index.features(sort="max", limit=1).rows[0]
-    assert index.examples(best.feature)[0].value == pytest.approx(best.max)
+    with open_index("index") as index:
+        assert index.summary.metrics["fvu"] == figures["fvu"]
+        assert index.summary.n_alive == built["alive"] > 0
+        best = index.features(sort="max", limit=1).rows[0]
+        assert index.examples(best.feature)[0].value == pytest.approx(best.max)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,19 @@ def test_importing_a_command_loads_no_torch(name: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_listing_the_models_loads_no_torch() -> None:
+    code = "import sys; from microtome.cli.main import main; assert main(['models']) == 0; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'transformers' not in sys.modules"], check=True)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--prompt", "a", "--temperature", "0"], ["--recipe", "none.json", "--out", "a"]], ids=" ".join
+)
+def test_bad_words_to_generate_are_refused_before_torch_is_loaded(words: list[str]) -> None:
+    code = f"import sys; from microtome.cli.main import main; assert main({['generate', *words]}) == 1"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
+
+
 def test_usage_names_each_command() -> None:
     rows = [line.split()[0] for line in usage().splitlines() if line.startswith("  ")]
     assert rows == list(COMMANDS)

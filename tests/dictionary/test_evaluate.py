@@ -8,31 +8,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from microtome.common.errors import ConfigError, ModelError
-from microtome.dictionary import (
-    Dictionary,
-    EvaluateConfig,
-    Origin,
-    TopKConfig,
-    TopKSAE,
-    evaluate,
-    load_dictionary,
-    save_dictionary,
-)
+from microtome.dictionary import Dictionary, EvaluateConfig, evaluate
 from microtome.dictionary.evaluate import Moments, density_histogram
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
+
+from ..makers import random_dictionary  # noqa: TID252 – shared by tests
 
 HOOK = "blocks.1.hook_resid_pre"
 EVERYTHING = EvaluateConfig(n_tokens=10**9, function_tokens=24 * 30, batch_tokens=100)
 
 
 def make(folder: Path, *, d_in: int = 32, hook: str = HOOK, model: str = "tiny-llama") -> Dictionary:
-    folder.mkdir()
-    sae = TopKSAE.initialised(d_in, TopKConfig(d_sae=200, k=5), center=torch.zeros(d_in), seed=0)
-    with torch.no_grad():
-        sae.b_enc[:50] = -100.0  # these never fire
-    save_dictionary(sae, folder, Origin(model_name=model, hook_name=hook))
-    return load_dictionary(folder)
+    return random_dictionary(folder, model=model, hook=hook, d_in=d_in, d_sae=200, k=5, dead=range(50))
 
 
 def test_reconstruction_figures(tiny_llama: HookedModel, tiny_dataset: TokenDataset, tmp_path: Path) -> None:

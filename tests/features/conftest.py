@@ -1,5 +1,6 @@
 """The tiny index, made once for the tests of this folder."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,5 +16,6 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_index(tiny_path: Path) -> FeatureIndex:
-    return open_index(tiny_path)
+def tiny_index(tiny_path: Path) -> Iterator[FeatureIndex]:
+    with open_index(tiny_path) as index:
+        yield index

@@ -1,26 +1,27 @@
 """`build_index` on a tiny real model: against plain arithmetic, killed and resumed, and with parts that do not fit."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from microtome.activations import HarvestConfig, harvest
 from microtome.common.artifacts import read_json, write_json
 from microtome.common.errors import ArtifactError, ConfigError, InputError, ModelError
-from microtome.dictionary import Dictionary, Origin, load_dictionary, save_dictionary
-from microtome.dictionary.topk import TopKConfig, TopKSAE
+from microtome.dictionary import Dictionary, Origin
 from microtome.features import IndexConfig, build_index, open_index
 from microtome.features.build import _Pass
 from microtome.features.weights import logit_effects, nearest_latents
 from microtome.model import HookedModel
 from microtome.model.families import GPT2, LLAMA
-from microtome.text import TokenDataset, TokenizeConfig, open_corpus, tokenize_corpus
+from microtome.text import TokenDataset
 
-from .tiny import BOS, TEXTS, make_tokenizer
+from ..makers import random_dictionary, random_llama, tiny_text_tokenizer, tokenized_texts  # noqa: TID252 – shared by tests
+from .tiny import BOS
 
 HOOK = "blocks.1.hook_resid_pre"
 CONFIG = IndexConfig(top=5, bands=3, per_band=2, window=8, batch=4, checkpoint_every=8)
@@ -28,42 +29,20 @@ CONFIG = IndexConfig(top=5, bands=3, per_band=2, window=8, batch=4, checkpoint_e
 
 @pytest.fixture(scope="module")
 def model() -> HookedModel:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), bos_token=BOS)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    hf = LlamaForCausalLM(config)
+    tokenizer = tiny_text_tokenizer()
+    hf = random_llama(len(tokenizer), n_ctx=64)
     torch.nn.init.uniform_(hf.model.norm.weight, 0.5, 1.5)
     return HookedModel(hf, tokenizer, name="tiny-llama", spec=LLAMA)
 
 
 @pytest.fixture(scope="module")
 def dataset(model: HookedModel, tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "texts.txt").write_text("\n\n".join(TEXTS * 6), encoding="utf-8")
-    config = TokenizeConfig(context=24)
     assert model.tokenizer is not None
-    return tokenize_corpus(open_corpus(folder / "texts.txt"), model.tokenizer, folder / "tokens", config=config)
+    return tokenized_texts(tmp_path_factory.mktemp("text"), model.tokenizer, times=6, context=24)
 
 
 def make_sae(folder: Path, *, d_in: int = 24, name: str = "tiny-llama", hook: str = HOOK, seed: int = 0) -> Dictionary:
-    config = TopKConfig(d_sae=40, k=4)
-    torch.manual_seed(seed)
-    sae = TopKSAE.initialised(d_in, config, center=torch.randn(d_in) * 0.01, seed=seed)
-    with torch.no_grad():
-        sae.b_enc[3] = -1e6  # a dead latent
-    folder.mkdir(parents=True, exist_ok=True)
-    save_dictionary(sae, folder, Origin(model_name=name, hook_name=hook))
-    return load_dictionary(folder)
+    return random_dictionary(folder, model=name, hook=hook, d_in=d_in, dead=[3], seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +58,25 @@ def built(model: HookedModel, sae: Dictionary, dataset: TokenDataset, tmp_path_f
     return out
 
 
-def test_index_equals_a_plain_run(model: HookedModel, sae: Dictionary, dataset: TokenDataset, built: Path) -> None:
-    index = open_index(built)
+@pytest.mark.parametrize("share_of_sinks", [0.0, 0.3])
+def test_index_equals_a_plain_run(
+    share_of_sinks: float, model: HookedModel, sae: Dictionary, dataset: TokenDataset, built: Path, tmp_path: Path
+) -> None:
+    """Of all text tokens but those whose activation is too long: as a rule none here, or the longest 30 %."""
     tokens = torch.from_numpy(dataset.batch(0, dataset.n_sequences))
     with torch.no_grad():
         activations = model.activations(tokens, HOOK)[HOOK]
         dense = sae.encode(activations.flatten(0, 1)).to_dense().view(*tokens.shape, -1).numpy()
     text = np.isin(tokens.numpy(), dataset.special_ids, invert=True)
+    n_text, lengths, index = int(text.sum()), activations.norm(dim=-1).numpy(), open_index(built)
+    if share_of_sinks:
+        limit = float(np.quantile(lengths[text], 1 - share_of_sinks))
+        index = build_index(model, sae, dataset, tmp_path / "i", config=dataclasses.replace(CONFIG, sink_norm=limit))
+        text &= lengths <= limit
+        assert 0.6 * n_text < text.sum() < 0.8 * n_text
     dense = np.where(text[:, :, None], dense, 0)
     assert index.summary.n_tokens == text.sum()
+    assert read_json(index.path / "summary.json")["n_sinks"] == n_text - text.sum()
     assert (index.summary.n_dead, index.summary.d_sae) == (int((dense.max((0, 1)) == 0).sum()), 40)
     for row in index.features(alive=None, sort="feature", descending=False).rows:
         fired = dense[:, :, row.feature][dense[:, :, row.feature] > 0]
@@ -134,7 +123,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
     seen: list[int] = []
     whole = _Pass.codes
 
-    def codes(self: _Pass, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def codes(self: _Pass, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seen.append(block)
         if len(seen) - 2 == killed_at:  # the first call chooses the histogram
             raise Killed
@@ -159,7 +148,7 @@ def test_resuming_does_not_run_the_first_batches_again(
     whole = _Pass.codes
     seen: list[int] = []
 
-    def codes(self: _Pass, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def codes(self: _Pass, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seen.append(block)
         if block == 7:
             raise KeyboardInterrupt

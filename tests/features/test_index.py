@@ -156,10 +156,18 @@ def test_missing_and_damaged_files(tiny_path: Path, tmp_path: Path, name: str) -
 def test_a_cut_table_is_an_error_when_it_is_read(tiny_path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "index"
     shutil.copytree(tiny_path, copy)
-    index = open_index(copy)
-    (copy / "examples.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ArtifactError, match="damaged"):
-        index.examples(3)
+    with open_index(copy) as index:
+        (copy / "examples.parquet").write_bytes(b"PAR1")
+        with pytest.raises(ArtifactError, match="damaged"):
+            index.examples(3)
+
+
+def test_a_closed_index_says_so(tiny_path: Path) -> None:
+    with open_index(tiny_path) as index:
+        assert index.feature(1).row.feature == 1
+    with pytest.raises(InputError, match="is closed"):
+        index.feature(1)
+    index.close()
 
 
 def test_missing_unfinished_and_foreign_folders(tmp_path: Path) -> None:

@@ -62,7 +62,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gptj": ("gptj", GPT_LIKE | {"rotary_dim": 4}),
-    "gpt_neox": ("gpt_neox", {k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"} | {"rotary_pct": 0.25}),
+    "gpt_neox": (
+        "gpt_neox",
+        {k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"} | {"rotary_pct": 0.25},
+    ),
     "gpt_neox-serial": (
         "gpt_neox",
         {k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"} | {"use_parallel_residual": False},

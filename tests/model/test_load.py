@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.model.families import KINDS, make
 from transformers import AutoModelForCausalLM, LlamaConfig, Starcoder2Config, T5Config, T5ForConditionalGeneration
 
 from microtome.common.errors import ModelError
@@ -18,7 +19,6 @@ from microtome.model.families import GEMMA
 from microtome.model.generic import UnknownFamilyWarning
 from microtome.model.load import ExtraWeightsWarning
 from microtome.model.validate import validate
-from tests.model.families import KINDS, make
 
 
 @pytest.fixture
@@ -112,7 +112,12 @@ def test_a_model_wired_otherwise_than_its_spec_is_refused() -> None:
 def test_a_family_without_a_spec_gets_its_residual_stream(tmp_path: Path) -> None:
     hf = AutoModelForCausalLM.from_config(
         Starcoder2Config(
-            vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
         )
     )
     hf.save_pretrained(tmp_path / "other")
@@ -162,7 +167,11 @@ def test_memory_at_load_is_little_more_than_the_weights(tmp_path: Path) -> None:
     for name, width in sizes.items():
         hf = AutoModelForCausalLM.from_config(
             LlamaConfig(
-                vocab_size=512, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4
+                vocab_size=512,
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=2,
+                num_attention_heads=4,
             )
         )
         hf.save_pretrained(tmp_path / name)

@@ -41,21 +41,19 @@ def chromium() -> Iterator[Browser]:
 def workbench(index_path: Path, *, model: bool) -> Iterator[str]:
     """Serve an index on a free port, from a thread; yields the address without its last slash."""
     assert (STATIC / "index.html").exists(), "build the client first: npm ci && npm run build in web/client"
-    index = open_index(index_path)
-    listening = bind("127.0.0.1", 0)
-    app = create_app(index, loader=index_loader(index) if model else None)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server did not start"
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listening.close()
+    with open_index(index_path) as index, bind("127.0.0.1", 0) as listening:
+        app = create_app(index, loader=index_loader(index) if model else None)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.02)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(20)
 
 
 @dataclass

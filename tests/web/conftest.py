@@ -20,8 +20,9 @@ def index_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def index(index_path: Path) -> FeatureIndex:
-    return open_index(index_path)
+def index(index_path: Path) -> Iterator[FeatureIndex]:
+    with open_index(index_path) as index:
+        yield index
 
 
 @pytest.fixture(scope="session")

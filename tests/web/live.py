@@ -4,17 +4,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from microtome.dictionary import Origin, load_dictionary, save_dictionary
-from microtome.dictionary.topk import TopKConfig, TopKSAE
 from microtome.features import IndexConfig, build_index
 from microtome.model import load_model
-from microtome.text import TokenizeConfig, open_corpus, tokenize_corpus
 
-from ..features.tiny import BOS, TEXTS, make_tiny_index, make_tokenizer  # noqa: TID252 – tests share their tiny index
+from ..features.tiny import make_tiny_index  # noqa: TID252 – tests share their tiny index
+from ..makers import random_dictionary, random_llama, tiny_text_tokenizer, tokenized_texts  # noqa: TID252 – shared by tests
 
 D_SAE, K = 3000, 8
 HOOK = "blocks.1.hook_resid_pre"
@@ -24,34 +20,15 @@ HOSTILE_DOCUMENT = "<script>document.title='pwned'</script>.txt"
 
 def make_live_index(folder: Path) -> Path:
     """Write `model`, `sae`, `tokens` and `index` into `folder`; return the index. Takes a few seconds."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), bos_token=BOS)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer = tiny_text_tokenizer()
+    random_llama(len(tokenizer), n_ctx=1024).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     model = load_model(folder / "model")
-
-    (folder / "sae").mkdir()
-    torch.manual_seed(1)
-    sae = TopKSAE.initialised(24, TopKConfig(d_sae=D_SAE, k=K), center=torch.zeros(24), seed=1)
-    save_dictionary(sae, folder / "sae", Origin(model_name=model.name, hook_name=HOOK))
-
-    (folder / "texts.txt").write_text("\n\n".join(TEXTS * 8), encoding="utf-8")
     assert model.tokenizer is not None
-    corpus = open_corpus(folder / "texts.txt")
-    tokens = tokenize_corpus(corpus, model.tokenizer, folder / "tokens", config=TokenizeConfig(context=32))
+    sae = random_dictionary(folder / "sae", model=model.name, hook=HOOK, d_sae=D_SAE, k=K, seed=1)
+    tokens = tokenized_texts(folder, model.tokenizer, times=8, context=32)
     small = IndexConfig(top=5, bands=3, per_band=2, window=16, batch=16)
-    build_index(model, load_dictionary(folder / "sae"), tokens, folder / "index", config=small, metrics={"fvu": 0.5})
+    build_index(model, sae, tokens, folder / "index", config=small, metrics={"fvu": 0.5}).close()
     return folder / "index"
 
 

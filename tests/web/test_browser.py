@@ -165,6 +165,7 @@ def test_the_keyboard_alone(page: Page, live: str) -> None:
     expect(page.get_by_role("heading", level=1)).to_have_text(f"Feature {number + 1}")
     page.keyboard.press("k")
     expect(page.get_by_role("heading", level=1)).to_have_text(f"Feature {number}")
+    expect(page.get_by_role("tab").first).to_be_visible()  # the heading is there before the feature's data
     page.keyboard.press("]")
     expect(page).to_have_url(re.compile(r"band=\d"))
     page.keyboard.press("[")

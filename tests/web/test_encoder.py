@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from microtome.features import open_index
+from microtome.features import FeatureIndex, open_index
 from microtome.web.encoder import MAX_CHARACTERS, MAX_TOKENS, MAX_WAITING, Loader, index_loader
 from microtome.web.server import create_app
 
@@ -17,10 +17,13 @@ from .conftest import BASE
 from .live import K
 
 
+def workbench(index: FeatureIndex, loader: Loader) -> TestClient:
+    return TestClient(create_app(index, loader=loader), base_url=BASE)
+
+
 @pytest.fixture(scope="module")
 def live(live_path: Path) -> Iterator[TestClient]:
-    index = open_index(live_path)
-    with TestClient(create_app(index, loader=index_loader(index)), base_url=BASE) as client:
+    with open_index(live_path) as index, workbench(index, index_loader(index)) as client:
         yield client
 
 
@@ -30,7 +33,8 @@ def test_what_fires_is_what_the_library_says(live: TestClient, live_path: Path) 
     answer = live.post("/api/encode", json={"text": text, "k": 5})
     assert answer.status_code == 200
     found = answer.json()
-    plain = open_index(live_path).top_features(text)
+    with open_index(live_path) as index:
+        plain = index.top_features(text)
     assert found["tokens"] == plain.tokens
     assert found["skipped"] == 1
     assert found["firings"][0] == []
@@ -77,16 +81,14 @@ def test_a_lone_surrogate_is_no_crash(live: TestClient) -> None:
 def test_a_dictionary_that_moved_with_its_index_is_found(live_path: Path, tmp_path: Path) -> None:
     shutil.copytree(live_path, tmp_path / "index")
     shutil.copytree(live_path.parent / "sae", tmp_path / "sae")
-    index = open_index(tmp_path / "index")
-    object.__setattr__(index.record, "dictionary", "/nowhere/sae")
-    with TestClient(create_app(index, loader=index_loader(index)), base_url=BASE) as client:
+    with open_index(tmp_path / "index") as index, workbench(index, index_loader(index)) as client:
+        object.__setattr__(index.record, "dictionary", "/nowhere/sae")
         assert client.post("/api/encode", json={"text": "wind"}).status_code == 200
 
 
 def test_a_model_that_cannot_be_opened_is_named_and_browsing_goes_on(live_path: Path) -> None:
-    index = open_index(live_path)
-    object.__setattr__(index.record, "dictionary", "/nowhere/at-all")
-    with TestClient(create_app(index, loader=index_loader(index)), base_url=BASE) as client:
+    with open_index(live_path) as index, workbench(index, index_loader(index)) as client:
+        object.__setattr__(index.record, "dictionary", "/nowhere/at-all")
         answer = client.post("/api/encode", json={"text": "wind"})
         assert answer.status_code == 503
         assert "/nowhere/at-all" in answer.json()["error"]["message"]
@@ -100,8 +102,7 @@ def test_a_crash_in_the_loader_is_an_answer_too(live_path: Path) -> None:
     def loader() -> None:
         raise OSError("the disk went away")
 
-    index = open_index(live_path)
-    with TestClient(create_app(index, loader=loader), base_url=BASE) as client:  # type: ignore[arg-type]
+    with open_index(live_path) as index, workbench(index, loader) as client:  # type: ignore[arg-type]
         answer = client.post("/api/encode", json={"text": "wind"})
         assert answer.status_code == 503
         assert "the disk went away" in answer.json()["error"]["message"]
@@ -109,15 +110,17 @@ def test_a_crash_in_the_loader_is_an_answer_too(live_path: Path) -> None:
 
 
 def test_a_full_queue_refuses_and_browsing_goes_on(live_path: Path) -> None:
-    index = open_index(live_path)
     gate = threading.Event()
-    load: Loader = index_loader(index)
 
     def slow_loader():  # type: ignore[no-untyped-def]
         assert gate.wait(60)
-        return load()
+        return index_loader(index)()
 
-    with TestClient(create_app(index, loader=slow_loader), base_url=BASE) as client, ThreadPoolExecutor(16) as pool:
+    with (
+        open_index(live_path) as index,
+        workbench(index, slow_loader) as client,
+        ThreadPoolExecutor(16) as pool,
+    ):
         waiting = [pool.submit(client.post, "/api/encode", json={"text": f"text {i}"}) for i in range(MAX_WAITING)]
         while client.get("/api/health").json()["encoder"]["waiting"] < MAX_WAITING:
             pass

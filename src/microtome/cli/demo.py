@@ -91,10 +91,10 @@ def check(folder: Path) -> dict[str, Any]:
     """Open the index as the workbench does, and run one prompt through its model and dictionary."""
     from microtome.features import open_index
 
-    opened = open_index(folder)
-    found = opened.top_features(PROMPT, k=3)
+    with open_index(folder) as opened:
+        summary, found = opened.summary, opened.top_features(PROMPT, k=3)
     fired = [
         f"{token}: {', '.join(f'{feature} ({value:.1f})' for feature, value in best) or 'nothing'}"
         for token, best in zip(found.tokens, found.features, strict=True)
     ]
-    return {"index": str(folder), "latents": opened.summary.d_sae, "alive": opened.summary.n_alive, "fired": fired}
+    return {"index": str(folder), "latents": summary.d_sae, "alive": summary.n_alive, "fired": fired}

@@ -11,6 +11,7 @@ import tyro
 from microtome.cli.options import CommandOptions, lines
 from microtome.common.artifacts import read_json
 from microtome.common.config import from_dict
+from microtome.common.device import DTypeName
 from microtome.common.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ class Options(CommandOptions):
     """A file with one prompt a line, instead."""
     model: str = "smollm2-135m"
     """Built-in name, Hugging Face id, local folder or GGUF file."""
-    dtype: str = "fp32"
-    """fp32, bf16 or fp16."""
+    dtype: DTypeName = "fp32"
+    """The dtype the model computes in."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     edits: Path | None = None

@@ -14,7 +14,7 @@ class Options(TextOptions):
     """Write a model's activations at some hook points, over a corpus, as a store on disk."""
 
     hooks: tuple[str, ...]
-    """Hook points, by name or glob: blocks.15.hook_resid_pre, 'blocks.*.hook_mlp_out'."""
+    """Hook points, by name or glob: blocks.15.hook_resid_pre, 'blocks.*.hook_mlp_out'; spaces or commas between."""
     out: Path
     """The folder of the store."""
     store_dtype: DTypeName = "bf16"

@@ -52,11 +52,13 @@ def run(options: Options) -> dict[str, Any]:
     figures = read_json(options.dictionary / METRICS) if (options.dictionary / METRICS).exists() else {}
     metrics = {key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
     store = ActivationStore.open(options.store) if options.store else None
-    with Timer() as timer:
-        index = build_index(
+    with (
+        Timer() as timer,
+        build_index(
             model, sae, dataset, options.out, config=config, store=store, metrics=metrics, overwrite=options.overwrite
-        )
-    summary = index.summary
+        ) as index,
+    ):
+        summary = index.summary
     return {
         "out": str(options.out),
         "latents": summary.d_sae,

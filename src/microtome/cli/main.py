@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 import microtome
-from microtome.cli.options import CommandOptions
+from microtome.cli.options import CommandOptions, split_commas
 from microtome.common.errors import MicrotomeError, unknown_name
 
 
@@ -91,10 +91,11 @@ def parse(name: str, arguments: Sequence[str]) -> CommandOptions:
     read."""
     import tyro
 
+    options = load_command(name).Options
     return tyro.cli(
-        load_command(name).Options,
+        options,
         prog=f"microtome {name}",
-        args=list(arguments),
+        args=split_commas(options, arguments),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 

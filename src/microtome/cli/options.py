@@ -1,8 +1,9 @@
-"""What the commands share: the options that all of them have, and the plain way to show a result."""
+"""What the commands share: the options that all of them have, lists of values, and the plain way to show a result."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, get_origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,6 +12,28 @@ class CommandOptions:
 
     json: bool = False
     """Print the result as one JSON object."""
+
+
+def split_commas(options: type[CommandOptions], words: Sequence[str]) -> list[str]:
+    """The command line `words` with `--hooks a,b` as `--hooks a b`, for each option that takes several values.
+
+    Among NAME=VALUE words a comma separates only where another NAME= follows; other commas belong to the value.
+    """
+    several = {f"--{field.name}".replace("_", "-") for field in fields(options) if get_origin(field.type) is tuple}
+    split: list[str] = []
+    taking = False
+    for word in words:
+        option, _, values = word.partition("=")
+        if word.startswith("--"):
+            taking = option.replace("_", "-") in several
+            split.append(option if taking else word)
+        elif taking:
+            values = word
+        else:
+            split.append(word)
+        if taking:
+            split += [value for value in re.split(r",(?=\w+=)" if "=" in values else ",", values) if value]
+    return split
 
 
 def lines(result: Mapping[str, Any]) -> str:

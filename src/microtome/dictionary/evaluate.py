@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from microtome.activations.source import text_mask
 from microtome.common.config import require
-from microtome.common.errors import ConfigError, InputError
+from microtome.common.errors import InputError
 from microtome.common.progress import Progress, progress
+from microtome.dictionary.fit import check_fit
 from microtome.dictionary.formats import Dictionary
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
@@ -98,23 +99,6 @@ class Moments:
         """The fraction of variance unexplained, over all dimensions or those `kept`."""
         error, variance = (self.error, self.variance) if kept is None else (self.error[kept], self.variance[kept])
         return float(error.sum() / variance.sum())
-
-
-def check_fit(model: HookedModel, sae: Dictionary) -> None:
-    """Raise ConfigError unless the dictionary's hook point is in the model and has its width."""
-    if sae.model_name not in ("unknown", model.name):
-        raise ConfigError(
-            "The dictionary was trained on another model",
-            got=f"model {model.name}",
-            expected=sae.model_name,
-            fix=f"Load {sae.model_name}, or a dictionary of {model.name}",
-        )
-    probe = model.activations(torch.zeros(1, 2, dtype=torch.long), sae.hook_name)
-    width = probe[sae.hook_name][0, 0].numel()
-    if width != sae.d_in:
-        raise ConfigError(
-            f"The dictionary does not fit {sae.hook_name}", got=f"d_in {sae.d_in}", expected=f"{width}, the width there"
-        )
 
 
 @torch.no_grad()

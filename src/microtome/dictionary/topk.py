@@ -147,8 +147,9 @@ class TopKSAE(nn.Module):
         fvu = (weights * residual.square()).sum() * per_unit
 
         grad_out = residual * weights * (2 * per_unit)
-        self._backward(indices, values, centred, grad_out, first=True)
-        self.b_dec.grad = _plus(self.b_dec.grad, grad_out.sum(0))
+        self.zero_grad()
+        self._backward(indices, values, centred, grad_out)
+        self._accumulate(b_dec=grad_out.sum(0))
         aux = x.new_zeros(())
         if dead is not None and config.aux_coefficient > 0:
             aux = config.aux_coefficient * self._aux_step(-residual, weights, pre, centred, dead, config)
@@ -181,7 +182,7 @@ class TopKSAE(nn.Module):
         indices = candidates[kept]
         values = self._exact(indices, centred)
         difference = decode(indices, values, self.W_dec) - error
-        self._backward(indices, values, centred, difference * row_scale, first=False)
+        self._backward(indices, values, centred, difference * row_scale)
         return (weights * difference.square()).sum() * scale
 
     def _aux_dense(
@@ -200,15 +201,8 @@ class TopKSAE(nn.Module):
         grad_out = difference * row_scale
         grad_codes = (grad_out @ W_dec.T) * (codes > 0)
         grad_b_enc = grad_codes.sum(0)
-        for name, gradient in (
-            ("W_dec", codes.T @ grad_out),
-            ("encoder", grad_codes.T @ centred),
-            ("b_enc", grad_b_enc),
-        ):
-            grad = self.get_parameter(name).grad
-            assert grad is not None
-            grad.index_add_(0, candidates, gradient)
-        self.b_dec.grad = _plus(self.b_dec.grad, -(grad_b_enc @ encoder))
+        self._accumulate(candidates, W_dec=codes.T @ grad_out, encoder=grad_codes.T @ centred, b_enc=grad_b_enc)
+        self._accumulate(b_dec=-(grad_b_enc @ encoder))
         return difference
 
     def _backward(
@@ -217,28 +211,30 @@ class TopKSAE(nn.Module):
         values: Float[Tensor, "n k"],
         centred: Float[Tensor, "n d_in"],
         grad_out: Float[Tensor, "n d_in"],
-        *,
-        first: bool,
     ) -> None:
         """Add what reaches the weights through these codes, given the gradient of the loss by their decoding."""
         transpose = CodeTranspose(indices, self.d_sae)
         grad_values = sampled_products(indices, grad_out, self.W_dec) * (values > 0)
         grad_b_enc = latent_sums(indices, grad_values, self.d_sae)
-        gradients = {
-            "W_dec": transpose.times(values, grad_out),
-            "encoder": transpose.times(grad_values, centred),
-            "b_enc": grad_b_enc,
-            "b_dec": -(grad_b_enc @ self.encoder),
-        }
+        self._accumulate(
+            W_dec=transpose.times(values, grad_out),
+            encoder=transpose.times(grad_values, centred),
+            b_enc=grad_b_enc,
+            b_dec=-(grad_b_enc @ self.encoder),
+        )
+
+    def _accumulate(self, rows: Int[Tensor, " c"] | None = None, **gradients: Tensor) -> None:
+        """Add gradients to the `.grad` of the parameters so named; given `rows`, to those rows of it."""
         for name, gradient in gradients.items():
             parameter = self.get_parameter(name)
-            parameter.grad = gradient if first else _plus(parameter.grad, gradient)
+            if parameter.grad is None:
+                parameter.grad = gradient
+            elif rows is None:
+                parameter.grad += gradient
+            else:
+                parameter.grad.index_add_(0, rows, gradient)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Keep the decoder's rows at unit norm."""
         functional.normalize(self.W_dec, dim=1, out=self.W_dec)
-
-
-def _plus(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a.add_(b)

@@ -33,8 +33,8 @@ from microtome.dictionary.loggers import Loggers
 from microtome.dictionary.topk import TopKConfig, TopKSAE
 
 KIND = "dictionary"
+STATISTICS_BATCHES = 4
 _CHECKPOINT, _LOG = "checkpoint", "training.jsonl"
-_STATISTICS_BATCHES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,10 @@ def train(
 
 
 class Trainer:
-    """One training: its dictionary, optimiser and counters, and the draft folder in which its checkpoints are."""
+    """One training: its dictionary, optimiser and counters, and the draft folder in which its checkpoints are.
+
+    `run()` does all of it. Its parts: `begin()` gives the batches that are to come, `train_step(batch)` is one update.
+    """
 
     def __init__(
         self,
@@ -141,13 +144,13 @@ class Trainer:
 
     def run(self) -> Dictionary:
         """Train to the end and publish."""
-        batches = self._begin()
+        batches = self.begin()
         loggers = Loggers(self.config.log_to, self.draft.folder)
         try:
             with progress(self.config.n_steps, f"train {self.architecture.architecture}", "steps") as bar:
                 bar.advance(self.step)
                 while self.step < self.config.n_steps:
-                    row = self._train_step(next(batches))
+                    row = self.train_step(next(batches))
                     if row is not None:
                         self._log(row)
                         loggers.write(row)
@@ -160,7 +163,8 @@ class Trainer:
 
     # ---- begin, or go on ----------------------------------------------------------------------------------------------
 
-    def _begin(self) -> Iterator[Float[Tensor, "batch d"]]:
+    def begin(self) -> Iterator[Float[Tensor, "batch d"]]:
+        """Make the dictionary from the first batches, or read the last checkpoint; return the batches to come."""
         stream_config = StreamConfig(
             batch_size=self.config.batch_size, buffer_size=self.config.buffer_size, seed=self.config.seed
         )
@@ -170,7 +174,7 @@ class Trainer:
             self._load_checkpoint(read_json(saved))
             stream.skip(self.step)
             return iter(stream)
-        first = [next(stream) for _ in range(min(_STATISTICS_BATCHES, self.config.n_steps))]
+        first = [next(stream) for _ in range(min(STATISTICS_BATCHES, self.config.n_steps))]
         self._begin_anew(torch.cat(first).float())
         return itertools.chain(first, stream)
 
@@ -194,7 +198,7 @@ class Trainer:
 
     # ---- a step -------------------------------------------------------------------------------------------------------
 
-    def _train_step(self, batch: Float[Tensor, "batch d"]) -> dict[str, float] | None:
+    def train_step(self, batch: Float[Tensor, "batch d"]) -> dict[str, float] | None:
         """One update. Every `log_every` steps, and before a checkpoint, the row of figures to log."""
         x = batch.to(device=self.device, dtype=torch.float32) * self.scale
         dead = self.silent >= self.architecture.dead_after

@@ -1,7 +1,25 @@
 """Floor 5: the feature index. Opening one needs no torch, so the parts that build one are fetched when first used."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from microtome.common.lazy import lazy
+
+_HOMES = {
+    "build_index": "microtome.features.build",
+    "IndexConfig": "microtome.features.config",
+    "FeatureIndex": "microtome.features.index",
+    "open_index": "microtome.features.index",
+    "Example": "microtome.features.results",
+    "Feature": "microtome.features.results",
+    "FeaturePage": "microtome.features.results",
+    "FeatureRow": "microtome.features.results",
+    "IndexSummary": "microtome.features.results",
+    "PromptFeatures": "microtome.features.results",
+    "FeatureSummary": "microtome.features.summary",
+    "merge": "microtome.features.summary",
+}
+
+__all__ = list(_HOMES)
 
 if TYPE_CHECKING:
     from microtome.features.build import build_index as build_index
@@ -16,29 +34,5 @@ if TYPE_CHECKING:
     from microtome.features.results import PromptFeatures as PromptFeatures
     from microtome.features.summary import FeatureSummary as FeatureSummary
     from microtome.features.summary import merge as merge
-
-_HOMES = {
-    "build_index": "build",
-    "IndexConfig": "config",
-    "FeatureIndex": "index",
-    "open_index": "index",
-    "Example": "results",
-    "Feature": "results",
-    "FeaturePage": "results",
-    "FeatureRow": "results",
-    "IndexSummary": "results",
-    "PromptFeatures": "results",
-    "FeatureSummary": "summary",
-    "merge": "summary",
-}
-
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'microtome.features' has no {name!r}; its names are {', '.join(_HOMES)}")
-    value = getattr(importlib.import_module(f"microtome.features.{home}"), name)
-    globals()[name] = value
-    return value
+else:
+    __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -1,7 +1,7 @@
 """`build_index`: one pass of a model and a dictionary over a token dataset, then the tables.
 
-1. Each batch of sequences runs to the dictionary's hook point; text tokens are encoded (BOS and separators are neither
-   encoded nor counted), and the sparse codes go into the `FeatureSummary`.
+1. Each batch of sequences runs to the dictionary's hook point; text tokens are encoded (BOS, separators and attention
+   sinks are neither encoded nor counted), and the sparse codes go into the `FeatureSummary`.
 2. Now and then the summary is saved in the draft folder. A build that was killed goes on from there, on the same
    batches, and ends with the same bytes as one that was not.
 3. Logit effects and neighbours are computed from the weights, the tables are written, and the folder appears by one
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 from transformers import PreTrainedTokenizerFast
 
 from microtome.activations import ActivationStore, ModelSource, StoreSource
@@ -26,7 +26,7 @@ from microtome.common.config import JsonObject, difference, from_dict, to_dict
 from microtome.common.errors import ArtifactError, InputError, ModelError
 from microtome.common.progress import progress
 from microtome.dictionary import Dictionary
-from microtome.dictionary.evaluate import check_fit
+from microtome.dictionary.fit import check_fit
 from microtome.dictionary.formats import CFG
 from microtome.features.config import KIND, IndexConfig, IndexRecord, histogram_edges
 from microtome.features.index import FeatureIndex, open_index
@@ -38,8 +38,9 @@ from microtome.text import TokenDataset
 
 _CHECKPOINT = "state.npz"
 _HEADROOM = 3  # octaves between the strongest activation of the first batch and the end of the histogram
+_SINK = 10.0  # times the median length of an activation: those of sinks are a hundred times as long
 
-Codes = tuple[Int32[np.ndarray, "token k"], Float32[np.ndarray, "token k"]]
+Codes = tuple[Int32[np.ndarray, "token k"], Float32[np.ndarray, "token k"], Bool[np.ndarray, " text"]]
 
 
 def build_index(
@@ -73,7 +74,8 @@ def build_index(
     write_tables(made.folder, summary, weight_facts(model, sae, pass_.config), dataset.tokens, _documents(dataset))
     with atomic_file(made.folder / "tokenizer.json") as temporary:
         tokenizer.backend_tokenizer.save(str(temporary))
-    write_json(made.folder / "summary.json", {"n_tokens": summary.n_tokens, "n_sequences": dataset.n_sequences})
+    counts = {"n_tokens": summary.n_tokens, "n_sinks": pass_.n_text_tokens - summary.n_tokens}
+    write_json(made.folder / "summary.json", counts | {"n_sequences": dataset.n_sequences})
     if metrics:
         write_json(made.folder / "metrics.json", metrics)
     (made.folder / _CHECKPOINT).unlink(missing_ok=True)
@@ -98,10 +100,13 @@ class _Pass:
             self.source: StoreSource | ModelSource = StoreSource(store, sae.hook_name, sequences_per_block=config.batch)
         else:
             self.source = ModelSource(model, dataset, sae.hook_name, sequences_per_block=config.batch)
+        if config.sink_norm is None:
+            lengths = self.source.read(0).float().norm(dim=1)
+            config = dataclasses.replace(config, sink_norm=_SINK * float(lengths.median()) if len(lengths) else 0.0)
+        self.config = config
         if config.histogram_top is None:
             strongest = float(self.codes(0)[1].max(initial=0.0))
-            config = dataclasses.replace(config, histogram_top=math.frexp(strongest or 1.0)[1] + _HEADROOM)
-        self.config = config
+            self.config = dataclasses.replace(config, histogram_top=math.frexp(strongest or 1.0)[1] + _HEADROOM)
 
     @property
     def record(self) -> IndexRecord:
@@ -129,10 +134,13 @@ class _Pass:
 
     @torch.inference_mode()
     def codes(self, block: int) -> Codes:
-        """The sparse codes of a block's text tokens, on the CPU."""
-        weight = self.sae.W_enc
-        codes = self.sae.encode(self.source.read(block).to(weight.device, weight.dtype))
-        return codes.indices.to("cpu", torch.int32).numpy(), codes.values.to("cpu", torch.float32).numpy()
+        """The sparse codes of a block's text tokens, on the CPU, and which of these are no attention sinks: those alone
+        are encoded."""
+        weight, x = self.sae.W_enc, self.source.read(block)
+        near = x.float().norm(dim=1) <= (self.config.sink_norm or math.inf)
+        codes = self.sae.encode(x[near].to(weight.device, weight.dtype))
+        indices, values = codes.indices.to("cpu", torch.int32), codes.values.to("cpu", torch.float32)
+        return indices.numpy(), values.numpy(), near.cpu().numpy()
 
     def run(self, made: Draft) -> FeatureSummary:
         """Go over all blocks that the checkpoint in the draft has not seen."""
@@ -144,14 +152,29 @@ class _Pass:
             for block in range(first // self.config.batch, self.source.n_blocks):
                 start = block * self.config.batch
                 tokens = self.dataset.batch(start, min(start + self.config.batch, self.dataset.n_sequences))
-                counted = np.isin(tokens, self.dataset.special_ids, invert=True)
-                summary.update(start, tokens, counted, *self.codes(block))
+                counted = self._text(tokens)
+                indices, values, near = self.codes(block)
+                counted[counted] = near
+                summary.update(start, tokens, counted, indices, values)
                 bar.advance(counted.size)
                 seen = start + len(counted)
                 if self.config.checkpoint_every and seen - saved >= self.config.checkpoint_every:
                     _save(summary, made.folder / _CHECKPOINT)
                     saved = seen
         return summary
+
+    def _text(self, tokens: Int[np.ndarray, "sequence position"]) -> Bool[np.ndarray, "sequence position"]:
+        """Where the tokens are text: neither BOS nor separator."""
+        return np.isin(tokens, self.dataset.special_ids, invert=True)
+
+    @property
+    def n_text_tokens(self) -> int:
+        step = 4096
+        blocks = (
+            self.dataset.batch(i, min(i + step, self.dataset.n_sequences))
+            for i in range(0, self.dataset.n_sequences, step)
+        )
+        return sum(int(self._text(tokens).sum()) for tokens in blocks)
 
     def _begin(self, checkpoint: Path) -> FeatureSummary:
         if not checkpoint.exists():

@@ -30,6 +30,9 @@ class IndexConfig:
     neighbours: int = 10
     histogram_top: int | None = None
     """The histogram ends at 2**histogram_top and covers 16 octaves; None: chosen from the first batch."""
+    sink_norm: float | None = None
+    """Text tokens whose activation is longer than this are attention sinks: like the BOS they are neither encoded nor
+    counted. None: ten times the median length in the first batch; 0: none is left out."""
     seed: int = 0
     batch: int = 16
     """Sequences for one forward pass."""
@@ -45,6 +48,7 @@ class IndexConfig:
         require(self.top <= 10_000 and self.per_band <= 10_000, "top and per_band are at most 10,000")
         before = self.lead
         require(0 <= before < self.window, "before must lie in the window", got=before, expected=f"0…{self.window - 1}")
+        require(self.sink_norm is None or self.sink_norm >= 0, "sink_norm cannot be negative", got=self.sink_norm)
         if self.histogram_top is not None:
             require(abs(self.histogram_top) <= 100, "histogram_top is an exponent of two", got=self.histogram_top)
 

@@ -2,7 +2,7 @@
 
 The Parquet files are read through DuckDB in this process. The numbers of all latents are loaded once (they are what
 lists are sorted and filtered by); histograms, logits and examples are read from their row group when a latent is asked
-for. Every call uses a cursor of its own, so an index may be shared by threads.
+for. Every call uses a cursor of its own, so an index may be shared by threads, until one closes it.
 """
 
 import math
@@ -82,22 +82,40 @@ def open_index(path: str | Path) -> "FeatureIndex":
 
 
 class FeatureIndex:
-    """A feature index on disk: lists, statistics, examples and search. Open one with `open_index`."""
+    """A feature index on disk: lists, statistics, examples and search. Open one with `open_index`, close it with
+    `close()` or by `with`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.record = from_dict(IndexRecord, read_head(path, KIND))
         self.strings = TokenStrings.open(path / "tokenizer.json")
         totals = _totals(path)
-        self._db = duckdb.connect(config=_SETTINGS)
+        self._reader: Reader | None = None
+        db = duckdb.connect(config=_SETTINGS)
+        self._db: duckdb.DuckDBPyConnection | None = db
         try:
             for table in TABLES:
-                self._db.from_parquet(str(path / f"{table}.parquet")).create_view(f"{table}_file")
-            self._db.execute(_LOAD)
+                db.from_parquet(str(path / f"{table}.parquet")).create_view(f"{table}_file")
+            db.execute(_LOAD)
+            self.summary = self._summarise(*totals)
         except duckdb.Error as error:
+            self.close()
             raise _damaged(path, error) from error
-        self._reader: Reader | None = None
-        self.summary = self._summarise(*totals)
+        except ArtifactError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the files and of what was loaded; nothing can be asked afterwards. Closing twice does no harm."""
+        if self._db is not None:
+            self._db.close()
+        self._db = self._reader = None
+
+    def __enter__(self) -> "FeatureIndex":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __repr__(self) -> str:
         s = self.summary
@@ -214,6 +232,8 @@ class FeatureIndex:
         return self._reader.read(text, self.strings, k)
 
     def _ask(self, sql: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        if self._db is None:
+            raise InputError(f"The feature index {self.path} is closed", fix="Open it again (open_index)")
         try:
             with self._db.cursor() as cursor:
                 return cursor.execute(sql, list(values)).fetchall()

@@ -7,7 +7,7 @@ import torch
 
 from microtome.common.errors import ArtifactError
 from microtome.dictionary import Dictionary, load_dictionary
-from microtome.dictionary.evaluate import check_fit
+from microtome.dictionary.fit import check_fit
 from microtome.features.config import IndexRecord
 from microtome.features.results import PromptFeatures
 from microtome.features.strings import TokenStrings

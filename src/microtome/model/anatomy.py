@@ -184,7 +184,9 @@ class _Block:
             yield ModuleStation(self.at(mlp.router), "output", ((name, Whole()),), item=item, flat=True), [name]
         parts = ("gate", "pre", "post")
         points = tuple(
-            (self.name(f"mlp.experts.{{j}}.hook_{part}", j), j, part) for j in range(self.config.n_experts) for part in parts
+            (self.name(f"mlp.experts.{{j}}.hook_{part}", j), j, part)
+            for j in range(self.config.n_experts)
+            for part in parts
         )
         yield ExpertStation(self.at(mlp.experts), points), [name for name, _, _ in points]
 

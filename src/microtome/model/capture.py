@@ -53,8 +53,8 @@ class Capture:
         """The positions and heads asked for. Raises InputError if there are not so many."""
         axes = name.axes
         if self.positions is not None and axes[0] == "batch":
-            axis = axes.index("query") if axes == PATTERN else 1
-            activation = select(activation, axis, self.positions, f"position of {name}")
+            places = axes.index("query") if axes == PATTERN else 1
+            activation = select(activation, places, self.positions, f"position of {name}")
         if self.heads is not None and (axis := head_axis(name)) is not None:
             activation = select(activation, axis, self.heads, f"head of {name}")
         return activation

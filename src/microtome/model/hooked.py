@@ -6,7 +6,7 @@ spec gives the model (`anatomy.py`); a run that needs no logits stops at the dee
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -231,11 +231,8 @@ class HookedModel:
         """Like `run_with_cache` without the logits: the forward pass stops at the deepest point asked for."""
         inputs = self._inputs(tokens)
         capture = Capture(self._wanted(names), positions, heads, dtype, device, stop=True)
-        with self._switchboard.connected(capture.taps()):
-            try:
-                self.hf(**inputs)
-            except StopForward:
-                pass
+        with self._switchboard.connected(capture.taps()), suppress(StopForward):
+            self.hf(**inputs)
         return ActivationCache(capture.result(), self.weights)
 
     def gradients(
@@ -255,7 +252,7 @@ class HookedModel:
                 "The metric must be one number made from the logits",
                 got=f"shape {list(value.shape)}, {'with' if value.requires_grad else 'without'} gradient",
             )
-        found = torch.autograd.grad(value.sum(), list(kept.values()), allow_unused=True)
+        found: Sequence[Tensor | None] = torch.autograd.grad(value.sum(), list(kept.values()), allow_unused=True)
         gradients = {
             name: torch.zeros_like(kept[name]) if g is None else g for name, g in zip(kept, found, strict=True)
         }

@@ -61,7 +61,8 @@ def load_model(
     hf_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(**source)
-        hf, report = AutoModelForCausalLM.from_pretrained(**source, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**source, **options)
+        hf, report = loaded
         tokenizer = _tokenizer(source)
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(str(name), error) from error
@@ -173,7 +174,9 @@ def _not_loaded(name: str, error: Exception) -> ModelError:
     cause = error.__cause__ if isinstance(error.__cause__, RepositoryNotFoundError) else error
     if isinstance(cause, GatedRepoError):
         return ModelError(
-            f"The model {name!r} is gated", got=first, fix="Ask for access on its page, then log in with `hf auth login`"
+            f"The model {name!r} is gated",
+            got=first,
+            fix="Ask for access on its page, then log in with `hf auth login`",
         )
     close = nearest(name, BUILTIN)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1

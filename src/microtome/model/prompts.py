@@ -29,9 +29,7 @@ class Prompts:
         return None if self.mask is None else (self.mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, prepend_bos: bool, side: Side
-) -> Prompts:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, prepend_bos: bool, side: Side) -> Prompts:
     """Texts as one padded batch. Raises InputError for an empty text."""
     if not texts or not all(texts):
         raise InputError("There is nothing to run: a text is empty", got=list(texts))

@@ -170,12 +170,13 @@ def _first(hf: "PretrainedConfig", *names: str) -> int | None:
     return None
 
 
-Part = Literal["q", "k", "v", "gate", "up"]
+AttentionPart = Literal["q", "k", "v"]
+Part = AttentionPart | Literal["gate", "up"]
 
 
 def projection(spec: FamilySpec, config: ModelConfig, part: Part) -> tuple[str, View]:
     """The linear map (its path in a block) that gives q, k, v, the gate or the up part, and where in its output."""
-    if part in ("gate", "up"):
+    if part == "gate" or part == "up":  # noqa: PLR1714 - the type checker follows this form
         return _mlp_projection(spec.mlp, config, part)
     heads = config.n_heads if part == "q" else config.n_kv_heads
     if isinstance(spec.qkv, Separate):
@@ -191,5 +192,6 @@ def _mlp_projection(mlp: Dense | Gated | Experts, config: ModelConfig, part: Par
         return mlp.gate, Columns(0 if part == "gate" else config.d_mlp, None, config.d_mlp)
     if isinstance(mlp, Gated) and part == "gate":
         return mlp.gate, Whole()
-    assert not isinstance(mlp, Experts) and mlp.up is not None
+    assert not isinstance(mlp, Experts)
+    assert mlp.up is not None
     return mlp.up, Whole()

@@ -314,7 +314,8 @@ def _expert_difference(module: Any, expert: int, parts: Mapping[str, Sequence[Ta
     seen_post, post_needed = visit(parts.get("post", ()), module.act_fn(seen_gate) * seen_up)
     if not (gate_needed or up_needed or post_needed):
         return None
-    return (seen_post - post) @ module.down_proj[expert].T
+    difference: Tensor = (seen_post - post) @ module.down_proj[expert].T
+    return difference
 
 
 def _on_input(fn: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:

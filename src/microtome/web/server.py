@@ -32,7 +32,7 @@ def create_app(
     access: Access | None = None,
     static: Path = STATIC,
 ) -> FastAPI:
-    """The workbench over `index` as an ASGI application.
+    """The workbench over `index` as an ASGI application. Whoever opened the index closes it, after the application.
 
     `loader` opens the model and the dictionary for the text box (None: there is none, browsing works all the same);
     `access` says which hosts it answers to and which token it asks for (default: loopback names, no token).
@@ -79,20 +79,17 @@ def serve(
     Port 0 takes any that is free. `model=False` never loads a model; `loader` replaces the index's own model and dictionary.
     Raises ArtifactError for an index that cannot be opened, ConfigError for a port or an address that cannot be had.
     """
-    index = open_index(index_path)
-    access = Access.for_host(host, allow_hosts)
-    listening = bind(host, port)
-    try:
+    with open_index(index_path) as index, bind(host, port) as listening:
+        access = Access.for_host(host, allow_hosts)
         app = create_app(index, loader=(loader or index_loader(index)) if model else None, access=access)
         address = address_of(host, listening.getsockname()[1], access.token)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3
         )
-        _Server(config, lambda: ready(address)).run(sockets=[listening])
-    except KeyboardInterrupt:
-        return  # uvicorn has closed everything before it passes the signal on
-    finally:
-        listening.close()
+        try:
+            _Server(config, lambda: ready(address)).run(sockets=[listening])
+        except KeyboardInterrupt:
+            return  # uvicorn has closed everything before it passes the signal on
 
 
 class _Server(uvicorn.Server):

@@ -1,0 +1,63 @@
+"""Small real things for tests: a random Llama, a random dictionary saved as a user has it, and the tiny texts tokenized."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from microtome.dictionary import Dictionary, Origin, TopKConfig, TopKSAE, load_dictionary, save_dictionary
+from microtome.text import TokenDataset, TokenizeConfig, open_corpus, tokenize_corpus
+
+from .features.tiny import BOS, TEXTS, make_tokenizer
+
+
+def tiny_text_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the tiny texts as a model has it."""
+    return PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), bos_token=BOS)
+
+
+def random_llama(n_vocab: int, *, n_ctx: int) -> LlamaForCausalLM:
+    """Two layers, d_model 24; always the same weights."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=n_vocab,
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            max_position_embeddings=n_ctx,
+            tie_word_embeddings=False,
+            initializer_range=0.2,
+        )
+    )
+
+
+def random_dictionary(
+    folder: Path,
+    *,
+    model: str,
+    hook: str = "blocks.1.hook_resid_pre",
+    d_in: int = 24,
+    d_sae: int = 40,
+    k: int = 4,
+    dead: Sequence[int] = (),
+    seed: int = 0,
+) -> Dictionary:
+    """Write a dictionary with random weights into `folder` and open it. The latents `dead` never fire."""
+    center = torch.randn(d_in, generator=torch.Generator().manual_seed(seed)) * 0.01
+    sae = TopKSAE.initialised(d_in, TopKConfig(d_sae=d_sae, k=k), center=center, seed=seed)
+    with torch.no_grad():
+        sae.b_enc[list(dead)] = -1e6
+    folder.mkdir(parents=True, exist_ok=True)
+    save_dictionary(sae, folder, Origin(model_name=model, hook_name=hook))
+    return load_dictionary(folder)
+
+
+def tokenized_texts(folder: Path, tokenizer: PreTrainedTokenizerBase, *, times: int, context: int) -> TokenDataset:
+    """The tiny texts, `times` over, as `folder/texts.txt` and the token dataset `folder/tokens`."""
+    (folder / "texts.txt").write_text("\n\n".join(TEXTS * times), encoding="utf-8")
+    corpus = open_corpus(folder / "texts.txt")
+    return tokenize_corpus(corpus, tokenizer, folder / "tokens", config=TokenizeConfig(context=context))

@@ -7,16 +7,25 @@ set -euo pipefail
 microtome generate --recipe recipes/demo_corpus.json --out runs/demo_corpus --dtype bf16
 
 # 2. Real text beside it: speeches, mixed English, essays, manuals, code. It trains the dictionary and is not shipped.
+#    Other documents of the same kinds, and the end of the demo corpus, are kept for the evaluation.
 python scripts/prose.py runs/prose
+python scripts/prose.py runs/prose_held_out --held-out
+python - <<'PYTHON'
+import json, microtome as mt
+documents = list(mt.open_corpus("demo"))
+with open("runs/demo_tail.jsonl", "w") as file:
+    for document in documents[int(len(documents) * 0.96) :]:
+        file.write(json.dumps({"text": document.text, "source": document.source}) + "\n")
+PYTHON
 
-# 3. Activations of all of it. The last hundredth, which is demo text, is kept for the evaluation.
+# 3. Activations of all but that end, which is less than the last hundredth of the whole.
 microtome harvest --corpus runs/prose,demo --tokens runs/full/tokens --part 0:0.99 \
     --hooks blocks.15.hook_resid_pre --out runs/full/activations
 
 # 4. The dictionary, and what it is worth on the text it has not seen.
-microtome train --store runs/full/activations --d-sae 4608 --k 32 --train-tokens 12000000 --lr 2e-3 \
-    --warmup-steps 500 --decay-fraction 0.5 --out runs/full/dictionary
-microtome evaluate runs/full/dictionary --tokens runs/full/tokens --part 0.99:1
+microtome train --store runs/full/activations --d-sae 4608 --k 32 --train-tokens 36000000 --lr 2e-3 \
+    --warmup-steps 500 --decay-fraction 0.5 --out runs/full/dictionary_long
+microtome evaluate runs/full/dictionary_long --corpus runs/prose_held_out,runs/demo_tail.jsonl --tokens runs/held_out_union
 
 # 5. The feature index, over the demo corpus alone.
-microtome index runs/full/dictionary --corpus demo --tokens runs/full/demo-tokens --out runs/full/index
+microtome index runs/full/dictionary_long --corpus demo --tokens runs/full/demo-tokens --out runs/full/index_long

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from microtome.model.block_weights import BlockWeights
 from microtome.model.kernel import KernelMode
 from microtome.model.names import HookName
-from microtome.model.specs import Dense, Experts, FamilySpec, Gated, ModelConfig, Part, projection
+from microtome.model.projections import Part, projection
+from microtome.model.specs import Dense, Experts, FamilySpec, Gated, ModelConfig
 from microtome.model.stations import (
     ExpertStation,
     HeadInputStation,

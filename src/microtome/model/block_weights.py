@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from microtome.common.errors import InputError, ModelError
 from microtome.model.folding import AsStored, Form, Norm, norms_of
-from microtome.model.specs import Dense, Experts, FamilySpec, Gated, ModelConfig, Part, projection
+from microtome.model.projections import Part, projection
+from microtome.model.specs import Dense, Experts, FamilySpec, Gated, ModelConfig
 
 
 @dataclass(frozen=True)

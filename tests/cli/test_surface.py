@@ -87,7 +87,14 @@ def test_listing_the_models_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--prompt", "a", "--temperature", "0"], ["--recipe", "none.json", "--out", "a"]], ids=" ".join
+    "words",
+    [
+        [],
+        ["a", "--temperature", "-1"],
+        ["a", "--n-beams", "2", "--top-p", "0.9"],
+        ["--recipe", "none.json", "--out", "a"],
+    ],
+    ids=" ".join,
 )
 def test_bad_words_to_generate_are_refused_before_torch_is_loaded(words: list[str]) -> None:
     code = f"import sys; from microtome.cli.main import main; assert main({['generate', *words]}) == 1"

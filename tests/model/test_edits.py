@@ -131,7 +131,10 @@ def test_what_is_not_addressed_does_not_change_by_a_bit(kind: str) -> None:
         mask[torch.meshgrid(*map(torch.tensor, index), indexing="ij")] = True
         assert torch.equal(after[str(name)][~mask], before[~mask]), name
         torch.testing.assert_close(after[str(name)][mask], before[mask] * 1.5)
-        assert torch.equal(logits[[0, 2]], clean[[0, 2]]), name
+        if kind == "mixtral":  # other tokens are routed, so the experts' products have other sizes
+            torch.testing.assert_close(logits[[0, 2]], clean[[0, 2]])
+        else:
+            assert torch.equal(logits[[0, 2]], clean[[0, 2]]), name
 
 
 @EVERY

@@ -30,7 +30,7 @@ from microtome.features.results import (
     PromptFeatures,
     TokenEffect,
 )
-from microtome.features.strings import TokenStrings
+from microtome.text.strings import TokenStrings
 
 if TYPE_CHECKING:
     from microtome.dictionary import Dictionary

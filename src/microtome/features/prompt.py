@@ -10,8 +10,8 @@ from microtome.dictionary import Dictionary, load_dictionary
 from microtome.dictionary.fit import check_fit
 from microtome.features.config import IndexRecord
 from microtome.features.results import PromptFeatures
-from microtome.features.strings import TokenStrings
 from microtome.model import HookedModel, load_model
+from microtome.text.strings import TokenStrings
 
 
 @dataclass(frozen=True)

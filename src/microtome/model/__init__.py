@@ -13,7 +13,7 @@ _HOMES = {
     "edits": "microtome.model.edits",
     "FactoredMatrix": "microtome.model.factored",
     "HookedModel": "microtome.model.hooked",
-    "HookPoint": "microtome.model.hooked",
+    "HookPoint": "microtome.model.hook_point",
     "TrainLMConfig": "microtome.model.lm_training",
     "train_lm": "microtome.model.lm_training",
     "load_model": "microtome.model.load",
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from microtome.model.cache import ActivationCache as ActivationCache
     from microtome.model.decomposition import Decomposition as Decomposition
     from microtome.model.factored import FactoredMatrix as FactoredMatrix
+    from microtome.model.hook_point import HookPoint as HookPoint
     from microtome.model.hooked import HookedModel as HookedModel
-    from microtome.model.hooked import HookPoint as HookPoint
     from microtome.model.lm_training import TrainLMConfig as TrainLMConfig
     from microtome.model.lm_training import train_lm as train_lm
     from microtome.model.load import load_model as load_model

@@ -29,7 +29,8 @@ from microtome.common.errors import ArtifactError, ConfigError, InputError, Micr
 from microtome.common.progress import progress
 from microtome.model.cache import ActivationCache
 from microtome.model.editing import ANY, KINDS, Edit
-from microtome.model.hooked import HookedModel, HookPoint, Names
+from microtome.model.hook_point import HookPoint
+from microtome.model.hooked import HookedModel, Names
 from microtome.model.names import PATTERN, ROUTED, HookName
 from microtome.model.places import Where
 from microtome.model.prompts import Prompts

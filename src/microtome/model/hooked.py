@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from microtome.common.errors import ModelError, unknown_name
-from microtome.model import prompts
+from microtome.model import prompts, reading
 from microtome.model.anatomy import anatomy
 from microtome.model.cache import ActivationCache
 from microtome.model.capture import Capture, in_graph
@@ -24,13 +24,16 @@ from microtome.model.editing import Edit, Editing
 from microtome.model.factored import FactoredMatrix
 from microtome.model.generation import Generation, Generator, Stream
 from microtome.model.generation_config import GenerateConfig
+from microtome.model.hook_point import HookFn, HookPoint
 from microtome.model.names import HookName, canonical, matches
 from microtome.model.places import Decoding
 from microtome.model.prompts import Prompts, Side
+from microtome.model.reading import ScoredToken
 from microtome.model.specs import FamilySpec, Gated, ModelConfig
 from microtome.model.switchboard import Switchboard
 from microtome.model.taps import Run, StopForward, Tap
 from microtome.model.weights import Layered, Table, Weights
+from microtome.text.strings import TokenStrings
 
 Names = str | HookName | Sequence[str | HookName] | Callable[[str], bool]
 Tokens = Int[Tensor, "batch pos"]
@@ -39,27 +42,6 @@ Logits = Float[Tensor, "batch pos d_vocab"]
 Positions = slice | Sequence[int] | None
 
 
-class HookPoint:
-    """What a hook function gets beside the activation: where it is. As in TransformerLens: `hook.name`,
-    `hook.layer()`. `hook.offset` is the place in the sequence of the activation's first position."""
-
-    def __init__(self, name: HookName, run: Run) -> None:
-        self.hook_name, self.name, self._run = name, str(name), run
-
-    @property
-    def offset(self) -> int:
-        return 0 if self.hook_name.point == "attn.hook_rot_k" else self._run.offset
-
-    def layer(self) -> int:
-        if self.hook_name.layer is None:
-            raise ModelError(f"{self.name} belongs to no layer")
-        return self.hook_name.layer
-
-    def __repr__(self) -> str:
-        return f"HookPoint({self.name})"
-
-
-HookFn = Callable[[Tensor, HookPoint], Tensor | None]
 Hooks = Sequence[tuple[Names, HookFn]]
 
 
@@ -164,11 +146,42 @@ class HookedModel:
             return str(tokenizer.decode(tokens.tolist()))
         return [str(t) for t in tokenizer.batch_decode(tokens.tolist())]
 
-    def to_str_tokens(self, text: str, *, prepend_bos: bool = True) -> list[str]:
-        """The text cut into its tokens, as strings."""
-        return [
-            str(self._need_tokenizer().decode([t])) for t in self.to_tokens(text, prepend_bos=prepend_bos)[0].tolist()
-        ]
+    def to_str_tokens(self, text: str | Int[Tensor, " pos"], *, prepend_bos: bool = True) -> list[str]:
+        """The text of each token; joined, it is the whole text. A character of several tokens stands with its last."""
+        ids = self.to_tokens(text, prepend_bos=prepend_bos)[0] if isinstance(text, str) else text
+        return self._strings(ids.tolist())
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is one token, such as `" Mary"`. Raises InputError for one that is not."""
+        return reading.single_token(self.to_tokens(text, prepend_bos=False)[0].tolist(), text, self._strings)
+
+    @cached_property
+    def _strings(self) -> Callable[[list[int]], list[str]]:
+        tokenizer = self._need_tokenizer()
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        return TokenStrings(backend).pieces if backend else lambda ids: [str(tokenizer.decode([i])) for i in ids]
+
+    def top_next_tokens(self, prompt: Input, k: int = 10) -> list[ScoredToken]:
+        """The k likeliest tokens after a prompt (one sequence), with their probabilities."""
+        return reading.likeliest(self(prompt)[0, -1], k, self._strings)
+
+    def nearest_tokens(
+        self,
+        direction: Float[Tensor, " width"],
+        k: int = 10,
+        *,
+        to: Literal["W_U", "W_E"] = "W_U",
+        by: Literal["cosine", "dot"] = "cosine",
+    ) -> list[ScoredToken]:
+        """The tokens whose unembedding (or embedding) vectors are nearest to a direction of the residual stream."""
+        vectors = self.weights.W_U.T if to == "W_U" else self.weights.W_E
+        return reading.nearest(direction, vectors, k, self._strings, by)
+
+    def token_losses(self, tokens: Input) -> Float[Tensor, "batch later"]:
+        """The cross-entropy in nats of each token but the first `[batch, pos − 1]`; 0 where it is padding."""
+        batch = tokens if isinstance(tokens, Prompts | Tensor) else self.prompts(tokens)
+        inputs = self._inputs(batch)
+        return reading.token_losses(self(batch), inputs["input_ids"], getattr(batch, "mask", None))
 
     def _need_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pyarrow.parquet as pq
 
 from microtome.features import FeatureIndex
-from microtome.features.strings import TokenStrings
+from microtome.text.strings import TokenStrings
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,11 @@ class TokenStrings:
                 out.append(whole[stop] or "")
         return out
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token as it is: joined, the text of all. A character stands whole with the token that ends
+        it, and bytes that never become one are U+FFFD."""
+        return _join([self._bytes_of(int(token)) for token in ids], plain=True)
+
     def one(self, token: int) -> str:
         """The display string of a token by itself."""
         return self.show([token])[0] if token >= 0 else ""
@@ -109,8 +114,8 @@ def visible(text: str) -> str:
     return "".join(_SHOWN.get(c) or (f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in _HIDDEN else c) for c in text)
 
 
-def _join(pieces: list[bytes]) -> list[str]:
-    """Display strings of neighbouring tokens whose characters may run from one into the next."""
+def _join(pieces: list[bytes], *, plain: bool = False) -> list[str]:
+    """Display strings (or the plain text) of neighbouring tokens whose characters may run from one into the next."""
     data = b"".join(pieces)
     owner = [i for i, piece in enumerate(pieces) for _ in piece]
     parts: list[list[str | int]] = [[] for _ in pieces]
@@ -119,10 +124,12 @@ def _join(pieces: list[bytes]) -> list[str]:
         character = _character(data, at)
         end = at + max(len(character.encode()), 1)
         for i in range(at, end):
-            if not character or owner[i] != owner[end - 1]:
+            if plain and not character:
+                parts[owner[i]].append("\ufffd")
+            elif not plain and (not character or owner[i] != owner[end - 1]):
                 parts[owner[i]].append(data[i])
         if character:
-            parts[owner[end - 1]].append(visible(character))
+            parts[owner[end - 1]].append(character if plain else visible(character))
         at = end
     return [_spell(part) for part in parts]
 

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from microtome.common.errors import ArtifactError, InputError
-from microtome.features.strings import TokenStrings, visible
+from microtome.text.strings import TokenStrings, visible
 
-from .tiny import BOS, TEXTS, make_tokenizer
+from ..features.tiny import BOS, TEXTS, make_tokenizer  # noqa: TID252 – shared by tests
 
 
 @pytest.fixture(scope="module")

@@ -60,5 +60,5 @@ def test_a_tokens_own_vector_is_nearest_to_itself(smol: HookedModel) -> None:
 
 
 def test_a_text_of_several_tokens_is_no_single_token(smol: HookedModel) -> None:
-    with pytest.raises(InputError, match=r"not a single token.*Eiff"):
+    with pytest.raises(InputError, match=r"not a single token.*iffel"):
         smol.to_single_token(" Eiffel")

@@ -78,16 +78,18 @@ def test_a_lone_surrogate_is_no_crash(live: TestClient) -> None:
     assert answer.status_code in (200, 400, 422)
 
 
-def test_a_dictionary_that_moved_with_its_index_is_found(live_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sae", "another-name"])
+def test_a_dictionary_that_moved_with_its_index_is_found(name: str, live_path: Path, tmp_path: Path) -> None:
     shutil.copytree(live_path, tmp_path / "index")
-    shutil.copytree(live_path.parent / "sae", tmp_path / "sae")
+    shutil.copytree(live_path.parent / "sae", tmp_path / name)
     with open_index(tmp_path / "index") as index, workbench(index, index_loader(index)) as client:
         object.__setattr__(index.record, "dictionary", "/nowhere/sae")
         assert client.post("/api/encode", json={"text": "wind"}).status_code == 200
 
 
-def test_a_model_that_cannot_be_opened_is_named_and_browsing_goes_on(live_path: Path) -> None:
-    with open_index(live_path) as index, workbench(index, index_loader(index)) as client:
+def test_a_model_that_cannot_be_opened_is_named_and_browsing_goes_on(live_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(live_path, tmp_path / "index")  # alone: no dictionary is beside it
+    with open_index(tmp_path / "index") as index, workbench(index, index_loader(index)) as client:
         object.__setattr__(index.record, "dictionary", "/nowhere/at-all")
         answer = client.post("/api/encode", json={"text": "wind"})
         assert answer.status_code == 503

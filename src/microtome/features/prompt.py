@@ -8,6 +8,7 @@ import torch
 from microtome.common.errors import ArtifactError
 from microtome.dictionary import Dictionary, load_dictionary
 from microtome.dictionary.fit import check_fit
+from microtome.dictionary.formats import CFG
 from microtome.features.config import IndexRecord
 from microtome.features.results import PromptFeatures
 from microtome.model import HookedModel, load_model
@@ -30,7 +31,7 @@ class Reader:
 
         Raises ArtifactError when the dictionary is another than the one that was indexed.
         """
-        dictionary = dictionary if dictionary is not None else load_dictionary(_find(record.dictionary, folder))
+        dictionary = dictionary if dictionary is not None else load_dictionary(dictionary_of(record, folder))
         if dictionary.fingerprint != record.dictionary_fingerprint:
             raise ArtifactError(
                 "This is not the dictionary that the index describes",
@@ -57,8 +58,13 @@ class Reader:
         return PromptFeatures(tokens=strings.show(ids), token_ids=ids, features=features)
 
 
-def _find(dictionary: str, folder: Path) -> Path:
-    """Where the index was told that its dictionary is, or beside the index, if both have moved together."""
-    path = Path(dictionary)
-    beside = folder.parent / path.name
-    return beside if beside.exists() and not path.exists() else path
+def dictionary_of(record: IndexRecord, folder: Path) -> Path:
+    """Where the dictionary of the index at `folder` is: where the index was told, or, if that is not there, beside it
+    (artifacts are moved together) under its old name, or as the only dictionary there. That it is the right one is
+    checked when it is used."""
+    told = Path(record.dictionary)
+    if told.exists():
+        return told
+    beside = sorted(path.parent for path in folder.parent.glob(f"*/{CFG}"))
+    same = [path for path in beside if path.name == told.name]
+    return same[0] if same else beside[0] if len(beside) == 1 else told

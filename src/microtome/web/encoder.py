@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from microtome.common.errors import InputError, MicrotomeError, ModelError
@@ -118,20 +117,14 @@ class Encoder:
 
 
 def index_loader(index: FeatureIndex) -> Loader:
-    """Opens the model and the dictionary that the index names.
-
-    A dictionary that is not where it was is looked for beside the index, since artifacts are moved together; whether it is
-    the right one is checked when it is used.
-    """
+    """Opens the model and the dictionary that the index names."""
 
     def load() -> "tuple[HookedModel, Dictionary]":
         from microtome.dictionary import load_dictionary
+        from microtome.features.prompt import dictionary_of
         from microtome.model import load_model
 
-        where = Path(index.record.dictionary)
-        beside = index.path.parent / where.name
-        found = beside if not where.exists() and beside.is_dir() else index.record.dictionary
-        return load_model(index.record.model), load_dictionary(found)
+        return load_model(index.record.model), load_dictionary(dictionary_of(index.record, index.path))
 
     return load
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 IMPORTS = {
     "huggingface": ("torch", "transformers", "transformers.models.auto"),
-    "microtome": ("microtome.model",),
+    "microtome": ("microtome.model.load",),
     "transformerlens": ("transformer_lens.model_bridge",),
 }
 Works = dict[str, Callable[[], Any]]

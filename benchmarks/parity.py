@@ -118,7 +118,7 @@ def largest(ours: list[Tensor], theirs: Any) -> float:
 def against_transformerlens(model: HookedModel, tokens: Tensor) -> Differences:
     """The largest difference at each point that both have, over all layers, then at the logits. The peer opens what the
     module saves in a folder, with a tokenizer, as it will have one."""
-    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1}))
+    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1}, unk_token=_SPECIAL["eos_token"]))
     with tempfile.TemporaryDirectory(prefix="microtome-bench-") as folder:
         model.hf.save_pretrained(folder)
         PreTrainedTokenizerFast(tokenizer_object=words, **_SPECIAL).save_pretrained(folder)

@@ -21,7 +21,7 @@ from microtome.common.progress import progress
 from microtome.model import HookedModel
 from microtome.text import TokenDataset, TokenizeConfig, open_corpus, tokenize_corpus
 
-_PACKAGES = ("microtome", "torch", "transformers", "sae-lens")
+_PACKAGES = ("microtome", "torch", "transformers", "sae-lens", "transformer-lens")
 
 
 @dataclass(frozen=True, kw_only=True)

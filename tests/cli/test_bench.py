@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import model as model_benchmark
+from benchmarks import parity as parity_benchmark
 from benchmarks import train as train_benchmark
 from benchmarks.agreement import TOP, Agreement, common_top
 from benchmarks.common import in_turn, installed, rate, ratio, resident_bytes
 from benchmarks.harvest import bare_activations
+from benchmarks.model_sides import Inputs, works
 from transformers import PreTrainedTokenizerFast
 
 from microtome.cli.bench import NAMES, load, sizes
@@ -21,6 +24,9 @@ from microtome.dictionary import Dictionary, Origin, save_dictionary
 from microtome.model import HookedModel
 
 HARVEST = ["layer=1", "context=24", "batch_tokens=120", "tokens=480", "rounds=3", "compare_tokens=960", "device=cpu"]
+MODEL = [
+    *("layer=1", "context=24", "batch=3", "prompt_tokens=6", "new_tokens=4", "rounds=3", "starts=1", "device=cpu"),
+]
 TEXT = "The cat sat on the mat, and the dog looked on.\nIn 1969 the first people walked on the Moon.\n"
 TRAIN = [
     *("layer=1", "context=24", "rows=512", "held_out=64", "d_sae=128", "k=4", "batch_size=64", "steps=6"),
@@ -116,6 +122,90 @@ def test_train(tiny_inputs: list[str], capsys: pytest.CaptureFixture[str]) -> No
     missing = dict.fromkeys(train_benchmark.NOT_BUILT)
     assert result["ratios"] == {"topk_vs_saelens": expected, **missing}
     assert all(name in result["notes"][-1] for name in missing)
+
+
+def test_model(tiny_inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(model_benchmark, "PEER", "a_package_that_is_not_there")
+    result = bench(capsys, "model", *tiny_inputs, *MODEL)
+    figures = result["figures"]
+    speed, seconds = figures["tokens_per_second"], figures["seconds"]
+    ours = ["forward", "one_point", "all_residual", "full_cache", "generate"]
+    assert set(speed) == {f"{work}/microtome" for work in ours} | {"forward/huggingface", "generate/huggingface"}
+    for name, some in seconds.items():
+        assert len(some) == 3
+        assert speed[name] == pytest.approx((12 if name.startswith("generate") else 72) / sorted(some)[1])
+    for key in ("import_seconds", "load_seconds", "loaded_bytes"):
+        assert list(figures[key]) == ["huggingface", "microtome"]
+        assert min(figures[key].values()) > 0
+    for name, peak in figures["peak_bytes"].items():
+        assert peak >= 0.9 * figures["loaded_bytes"][name.partition("/")[2]]
+    ratios = result["ratios"]
+    for work in ("forward", "one_point", "all_residual"):
+        assert ratios[f"{work}_vs_huggingface"] == speed[f"{work}/microtome"] / speed["forward/huggingface"]
+    assert ratios["generate_vs_huggingface"] == speed["generate/microtome"] / speed["generate/huggingface"]
+    assert ratios["full_cache_vs_transformerlens"] is None
+    assert ratios["forward_vs_transformerlens"] is None
+    assert "pip install 'transformer-lens" in result["notes"][0]
+
+
+def test_both_sides_of_model_do_the_same_work(tiny_llama: HookedModel) -> None:
+    tokens = torch.arange(40).view(2, 20)
+    inputs = Inputs(
+        tokens=tokens.tolist(),
+        prompt_tokens=8,
+        new_tokens=6,
+        point="blocks.1.hook_resid_pre",
+        full_cache=["blocks.0.attn.hook_pattern", "blocks.1.hook_resid_mid"],
+        device="cpu",
+    )
+    bare, ours = works("huggingface", tiny_llama.hf, inputs), works("microtome", tiny_llama, inputs)
+    logits = bare["forward"]()
+    assert torch.equal(ours["forward"](), logits)
+    kept = {"one_point": {inputs.point}, "full_cache": set(inputs.full_cache)}
+    kept["all_residual"] = {f"blocks.{i}.hook_resid_{p}" for i in range(3) for p in ("pre", "mid", "post")}
+    for name, points in kept.items():
+        captured_logits, cache = ours[name]()
+        assert torch.equal(captured_logits, logits) or name == "full_cache"
+        assert set(map(str, cache)) == points
+    made = bare["generate"]()[:, 8:]
+    for row, generation in zip(made, ours["generate"](), strict=True):
+        assert generation.tokens.tolist() == row[: len(generation.tokens)].tolist()
+        assert len(generation.tokens) == 6
+
+
+def test_parity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(parity_benchmark, "PEER", "a_package_that_is_not_there")
+    monkeypatch.setattr(parity_benchmark, "KINDS", ("gpt2", "llama", "gemma2"))
+    result = bench(capsys, "parity", "rows=2", "context=9")
+    table = result["figures"]["huggingface"]
+    assert list(table) == [f"{kind}/{dtype}" for kind in ("gpt2", "llama", "gemma2") for dtype in ("fp32", "bf16")]
+    for name, row in table.items():
+        assert row["logits"] == row["logits, all captured"] == row["residual"] == 0
+        if name.endswith("fp32"):
+            assert row["pattern, first layer"] < 1e-5
+            assert row["pattern"] < 1e-5
+    assert result["figures"]["transformerlens"] == {}
+    assert "pip install 'transformer-lens" in result["notes"][0]
+
+
+def test_parity_finds_the_largest_difference_at_each_point() -> None:
+    pattern = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
+    ours = {
+        "blocks.0.hook_resid_pre": torch.zeros(1, 2, 3),
+        "blocks.1.hook_resid_pre": torch.zeros(1, 2, 3),
+        "blocks.0.attn.hook_attn_scores": torch.tensor([[[[1.0, -torch.inf], [2.0, 2.0]]]]),
+        "blocks.0.attn.hook_pattern": pattern,
+        "hook_embed": torch.ones(1, 2, 3),
+    }
+    theirs = {
+        "blocks.0.hook_resid_pre": torch.full((1, 2, 3), 0.25),
+        "blocks.1.hook_resid_pre": torch.full((1, 2, 3), -0.5),
+        "blocks.0.attn.hook_attn_scores": torch.tensor([[[[1.0, -1e30], [2.0, 2.125]]]]),
+        "blocks.0.attn.hook_pattern": pattern,
+        "hook_elsewhere": torch.ones(1),
+    }
+    expected = {"hook_resid_pre": 0.5, "attn.hook_attn_scores": 0.125, "attn.hook_pattern": 0.0}
+    assert parity_benchmark.at_points(ours, theirs) == expected
 
 
 def test_a_missing_peer_is_null_and_says_how_to_install_it(

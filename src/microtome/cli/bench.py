@@ -20,15 +20,15 @@ from microtome.cli.options import CommandOptions, lines
 from microtome.common.config import from_dict
 from microtome.common.errors import ConfigError, MissingDependencyError, unknown_name
 
-NAMES = ("harvest", "train")
+NAMES = ("harvest", "train", "model", "parity")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions):
-    """Measure speeds and memory against other tools, both in one run, in turn. Takes minutes on an idle machine."""
+    """Measure speeds, memory and agreement against other tools, both in one run. Takes minutes on an idle machine."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """harvest or train."""
+    """harvest, train, model or parity."""
     set: tuple[str, ...] = ()
     """Other sizes than the usual ones, as NAME=VALUE: rounds=3 tokens=4096. An unknown name lists them."""
 
@@ -46,7 +46,8 @@ def show(result: dict[str, Any]) -> str:
     for name, figure in result["figures"].items():
         if name != "seconds" and (text := lines(figure or {})):
             parts.append(f"{name.replace('_', ' ')}\n{text}")
-    parts.append(f"ratios\n{lines({key: 'not measured' if v is None else v for key, v in result['ratios'].items()})}")
+    if ratios := {key: "not measured" if v is None else v for key, v in result["ratios"].items()}:
+        parts.append(f"ratios\n{lines(ratios)}")
     return "\n\n".join([*parts, *result["notes"]])
 
 

@@ -43,6 +43,18 @@ FALCON: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+OPT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "ffn_dim": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
 
 # name → (model_type, settings)
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,37 +82,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_neox",
         {k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"} | {"use_parallel_residual": False},
     ),
-    "opt": (
-        "opt",
-        {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "ffn_dim": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-            "word_embed_proj_dim": 32,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": 2,
-        },
-    ),
-    "opt-350m": (
-        "opt",
-        {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "ffn_dim": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-            "word_embed_proj_dim": 16,
-            "do_layer_norm_before": False,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": 2,
-        },
-    ),
+    "opt": ("opt", OPT),
+    "opt-350m": ("opt", OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "bloom": (
         "bloom",
         {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1},

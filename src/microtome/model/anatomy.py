@@ -63,6 +63,11 @@ class _Block:
     def path(self) -> str:
         return f"{self.spec.blocks}.{self.layer}"
 
+    @property
+    def flat_mlp(self) -> bool:
+        """Whether the tensors around the MLP are `[batch · pos, …]` (OPT)."""
+        return isinstance(self.spec.mlp, Dense | Gated) and self.spec.mlp.flat
+
     def at(self, module: str) -> str:
         return f"{self.path}.{module}"
 
@@ -120,35 +125,32 @@ class _Block:
 
     def _projections(self, *parts: tuple[Part, str]) -> Found:
         """One station for each linear map, with the points that are in its output."""
-        flat = isinstance(self.spec.mlp, Dense | Gated) and self.spec.mlp.flat
         by_module: dict[str, list[tuple[HookName, View]]] = {}
         for part, point in parts:
             path, view = projection(self.spec, self.config, part)
             by_module.setdefault(path, []).append((self.name(point), view))
         for path, views in by_module.items():
-            flat_here = flat and parts[0][0] not in ("q", "k", "v")
+            flat_here = self.flat_mlp and parts[0][0] not in ("q", "k", "v")
             yield ModuleStation(self.at(path), "output", tuple(views), flat=flat_here), [name for name, _ in views]
 
     # ---- norms and streams ------------------------------------------------------------------------------------------
 
     def _norms(self) -> Found:
-        flat = isinstance(self.spec.mlp, Dense | Gated) and self.spec.mlp.flat
         for norm in ("ln1", "ln1_post", "ln2", "ln2_post"):
             path = getattr(self.spec, norm)
             has_part = self.spec.has_attn if norm.startswith("ln1") else self.spec.has_mlp
             if path and has_part:
-                yield _norm(norm, self.at(path), self.spec, self.layer, flat=flat and norm == "ln2")
+                yield _norm(norm, self.at(path), self.spec, self.layer, flat=self.flat_mlp and norm == "ln2")
 
     def _streams(self) -> Found:
         """`hook_resid_mid` and the MLP's own copy of what it reads."""
         spec = self.spec
         mid, mlp_in = self.name("hook_resid_mid"), self.name("hook_mlp_in")
         reader = spec.ln2 or spec.mid
-        flat = isinstance(spec.mlp, Dense | Gated) and spec.mlp.flat
         if reader and spec.has_attn and not spec.parallel:
-            yield ModuleStation(self.at(reader), "input", ((mid, Whole()),), in_place=True, flat=flat), [mid]
+            yield ModuleStation(self.at(reader), "input", ((mid, Whole()),), in_place=True, flat=self.flat_mlp), [mid]
         if reader:
-            yield ModuleStation(self.at(reader), "input", ((mlp_in, Whole()),), own=True, flat=flat), [mlp_in]
+            yield ModuleStation(self.at(reader), "input", ((mlp_in, Whole()),), own=True, flat=self.flat_mlp), [mlp_in]
         elif spec.parallel and spec.ln1 and isinstance(spec.mlp, Dense | Gated):
             up = self.at(spec.mlp.gate if isinstance(spec.mlp, Gated) else spec.mlp.up)
             mlp = up.rsplit(".", 1)[0]

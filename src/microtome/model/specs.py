@@ -84,13 +84,14 @@ class FamilySpec:
     """A family. The first group are paths in the whole module, the second paths in a block; None is a part that the
     family has not.
 
-    `embed_out`: what widens the embedding, where it is narrower than the stream, and `unembed_in` what narrows the stream
-    again. `mid`: the module whose input is the stream between attention and MLP, where that is not `ln2`. `parallel`:
-    attention and MLP both read the block's input. `additive`: the block adds to the residual stream (not so
-    where norms come after the addition). `norm_offset`: what is added to a norm's weight (Gemma: 1). `has_attn`, `has_mlp`: whether
-    blocks have these parts (their paths mean nothing otherwise). `shortformer`: queries and keys read the normed stream
-    plus the positional embedding, which is not in the stream itself. `adapt` makes the
-    spec of one model from its Hugging Face config, where that decides.
+    `embed_out`: what widens the embedding, where it is narrower than the stream; `unembed_in`: what narrows the stream
+    again. `mid`: the module whose input is the stream between attention and MLP, where that is not `ln2`.
+    `has_attn`, `has_mlp`: whether blocks have these parts (their paths mean nothing otherwise). `shortformer`: queries
+    and keys read the normed stream plus the positional embedding, which is not in the stream itself. `parallel`:
+    attention and MLP both read the block's input. `additive`: the block adds to the residual stream (not so where norms
+    come after the addition). `mlp_out_overwritten`: the library changes the MLP's output in place afterwards.
+    `norm_offset`: what is added to a norm's weight (Gemma: 1). `adapt` makes the spec of one model from its Hugging Face
+    config, where that decides.
     """
 
     name: str

@@ -32,11 +32,11 @@ class TokenStrings:
     def open(cls, path: Path) -> "TokenStrings":
         """From a `tokenizer.json`. Raises ArtifactError when it is missing or damaged."""
         if not path.exists():
-            raise ArtifactError(f"{path} is missing", fix="Build the index again")
+            raise ArtifactError(f"{path} is missing", fix="Make what it belongs to again")
         try:
             return cls(Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises nothing more exact
-            raise ArtifactError(f"{path} is damaged: {error}", fix="Build the index again") from error
+            raise ArtifactError(f"{path} is damaged: {error}", fix="Make what it belongs to again") from error
 
     @property
     def size(self) -> int:

@@ -1,13 +1,16 @@
 """`microtome generate`: against the library's own texts, streamed or not, with edits, from a file, by a recipe."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from microtome.cli.generate import Options
 from microtome.cli.main import main
 from microtome.model import HookedModel, edits
+from microtome.model.generation_config import GenerateConfig
 
 MODEL = ("--model", "model", "--device", "cpu")
 
@@ -120,3 +123,12 @@ def test_what_cannot_be_is_one_message(
     Path("empty.txt").write_text("\n")
     assert main(["generate", *MODEL, *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_command_has_every_setting_with_the_same_default() -> None:
+    settings = {field.name: field.default for field in fields(GenerateConfig)}
+    offered = {field.name: field.default for field in fields(Options)}
+    assert settings.keys() - offered.keys() == {"use_cache"}, "the text is the same with and without a cache"
+    assert {name: offered[name] for name in settings.keys() & offered.keys()} == {
+        name: default for name, default in settings.items() if name != "use_cache"
+    }

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from microtome.common.errors import ConfigError
-from microtome.dictionary.codes import CodeTranspose, SparseCodes, decode, latent_sums, sampled_products, top_k
+from microtome.dictionary.codes import SparseCodes
+from microtome.dictionary.products import CodeTranspose, decode, latent_sums, sampled_products
+from microtome.dictionary.selection import top_k
 from microtome.dictionary.topk import TopKConfig, TopKSAE
 
 N, D, F, K = 64, 24, 96, 6

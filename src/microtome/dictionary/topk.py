@@ -17,7 +17,9 @@ from torch.nn import functional
 
 from microtome.common.config import require
 from microtome.common.device import generator
-from microtome.dictionary.codes import CodeTranspose, SparseCodes, decode, latent_sums, sampled_products, top_k
+from microtome.dictionary.codes import SparseCodes
+from microtome.dictionary.products import CodeTranspose, decode, latent_sums, sampled_products
+from microtome.dictionary.selection import top_k
 
 # Up to this many dead latents for each one kept, the auxiliary loss is quicker with dense products.
 _DENSE_CANDIDATES = 3

@@ -28,7 +28,9 @@ from microtome.common.config import JsonObject, require, to_dict
 from microtome.common.device import fast_dtype, parse_device, parse_dtype
 from microtome.common.errors import InputError
 from microtome.common.progress import progress
-from microtome.dictionary.formats import Dictionary, Origin, load_dictionary, save_dictionary
+from microtome.dictionary.activation import TopK
+from microtome.dictionary.dictionary import Dictionary, Origin
+from microtome.dictionary.formats import load_dictionary, save_dictionary
 from microtome.dictionary.loggers import Loggers
 from microtome.dictionary.topk import TopKConfig, TopKSAE
 
@@ -285,12 +287,14 @@ class Trainer:
         about: dict[str, Any] = self.source.describe()
         origin = Origin(
             model_name=self.source.model_name,
-            hook_name=self.source.hook_name,
+            inputs=(self.source.hook_name,),
             context=about["dataset"]["context"],
             prepend_bos=bool(about["dataset"]["special_ids"]),
             dataset=about["dataset"]["fingerprint"],
         )
-        save_dictionary(self.sae, self.draft.folder, origin)
+        made = Dictionary(self.sae.d_in, self.sae.d_sae, TopK(self.sae.k), origin=origin)
+        made.load_state_dict(self.sae.state_dict())
+        save_dictionary(made, self.draft.folder)
         for old in self.draft.folder.glob(f"{_CHECKPOINT}*"):
             old.unlink()
         self.draft.publish(overwrite=self.overwrite, seed=self.config.seed)

@@ -15,7 +15,8 @@ from microtome.activations import HarvestConfig, ModelSource, harvest
 from microtome.common.config import JsonObject
 from microtome.common.errors import ArtifactError, ConfigError, InputError
 from microtome.dictionary import TopKConfig, TrainConfig, load_dictionary, train
-from microtome.dictionary.trainer import Trainer, geometric_median
+from microtome.dictionary.statistics import geometric_median
+from microtome.dictionary.trainer import Trainer
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
 
@@ -28,6 +29,7 @@ class Synthetic:
     """Rows that are sparse non-negative sums of known unit directions, far from the origin and of any scale."""
 
     hook_name, model_name, d, n_blocks = "blocks.0.hook_resid_pre", "synthetic", 16, 64
+    hook_names, widths = (hook_name,), (d,)
 
     def __init__(self, n_features: int = 24, active: int = 3) -> None:
         generator = torch.Generator().manual_seed(0)

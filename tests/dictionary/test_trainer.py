@@ -15,7 +15,8 @@ from microtome.activations import ActivationSource, HarvestConfig, ModelSource, 
 from microtome.common.config import JsonObject
 from microtome.common.errors import ArtifactError, ConfigError, InputError
 from microtome.dictionary import TopKConfig, TrainConfig, load_dictionary, train
-from microtome.dictionary.trainer import Trainer, geometric_median
+from microtome.dictionary.statistics import geometric_median
+from microtome.dictionary.trainer import Trainer
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
 

@@ -1,0 +1,123 @@
+"""Towards monosemanticity: a one-layer transformer's MLP taken apart into more features than it has neurons.
+
+Bricken et al. 2023. The model and the dictionary are trained here (`monosemanticity_training.py`); features and neurons are then
+measured by the same functions (`monosemanticity_measures.py`, `monosemanticity_tables.py`).
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from microtome.common.artifacts import atomic_file
+from microtome.common.progress import Progress
+from microtome.model import HookedModel
+from microtome.replications.frame import Replication
+from microtome.replications.monosemanticity_blind import comparison
+from microtome.replications.monosemanticity_measures import Kind, collect, losses, neurons_as_dictionary
+from microtome.replications.monosemanticity_report import (
+    Study,
+    dictionary_section,
+    feature_section,
+    model_section,
+    specificity_section,
+)
+from microtome.replications.monosemanticity_tables import features_page, specificity, strings_of
+from microtome.replications.monosemanticity_training import MonosemanticityConfig, Subject, trained
+from microtome.views import Report
+
+
+def run(config: MonosemanticityConfig, model: HookedModel | None, progress: Progress) -> Report:
+    """Train model and dictionary (or find them), and measure."""
+    with ExitStack() as stack:
+        folder = Path(config.runs or stack.enter_context(TemporaryDirectory()))
+        study = studied(config, trained(config, folder, progress, model), progress)
+        if config.sheets is not None:
+            write_sheets(study, Path(config.sheets))
+    steps = [model_section(study), dictionary_section(study), specificity_section(study), feature_section(study)]
+    features = study.features
+    about = {
+        "trained here": model is None,
+        "model": {"name": Path(study.subject.model.name).name, "hook_name": study.subject.hook_name},
+        "parameters": sum(p.numel() for p in study.subject.model.hf.parameters()),
+        "dictionary": {"d_sae": features.dictionary.d_sae, "fingerprint": features.dictionary.fingerprint},
+    }
+    return Report(
+        title="Towards monosemanticity",
+        summary=(
+            f"{features.dictionary.d_in} neurons of the last MLP as {features.dictionary.d_sae:,} features: "
+            f"{features.firings.l0:.1f} fire on a token, and with the reconstruction in their place {features.losses.recovered_zero:.1%} of what the MLP "
+            f"does to the loss is kept ({features.losses.recovered_mean:.1%} against its mean activation)."
+        ),
+        claims=[claim for step in steps for claim in step.claims],
+        sections=[step.section for step in steps],
+        provenance=about,
+    )
+
+
+def studied(config: MonosemanticityConfig, subject: Subject, progress: Progress) -> Study:
+    """Features and neurons, each measured in the same way."""
+    gated = subject.model.weights.block(subject.model.config.n_layers - 1).W_gate is not None
+    neurons = neurons_as_dictionary(subject.model, subject.hook_name, signed=gated)
+    kinds: list[Kind] = []
+    for name, dictionary in (("feature", subject.dictionary), ("neuron", neurons)):
+        firings = collect(subject.model, dictionary, subject.held_out, config.table_tokens)
+        lost = losses(subject.model, dictionary, subject.held_out, config.loss_tokens)
+        kinds.append(Kind(name, dictionary, firings, lost))
+        progress.advance(1, f"{name}s")
+    first, second = kinds
+    return Study(config, subject, first, second, tuple(specificity(kind.firings) for kind in kinds))
+
+
+def write_sheets(study: Study, folder: Path) -> None:
+    """`features.md`, and the blind comparison with its empty ratings and its key."""
+    config, subject = study.config, study.subject
+    kinds = {kind.name: kind.firings for kind in (study.features, study.neurons)}
+    comparison(kinds, strings_of(subject.model), n=config.compared, seed=config.seed).save(folder)
+    page = features_page(
+        subject.model,
+        subject.dictionary,
+        study.features.firings,
+        study.drawn(config.shown),
+        title=f"{config.shown} features, drawn at random",
+        seed=config.seed,
+    )
+    with atomic_file(folder / "features.md") as file:
+        file.write_text(page, encoding="utf-8")
+
+
+REPLICATION = Replication(
+    name="towards_monosemanticity",
+    title="Towards monosemanticity: a dictionary of a one-layer transformer's MLP",
+    source=(
+        "Bricken et al. 2023, “Towards Monosemanticity: Decomposing Language Models With Dictionary Learning”, "
+        "transformer-circuits.pub/2023/monosemantic-features"
+    ),
+    about="a one-layer transformer trained on text, and its MLP's neurons against the features of a sparse dictionary",
+    smoke=MonosemanticityConfig(
+        corpus="demo",
+        max_tokens=40_000,
+        d_vocab=512,
+        context=64,
+        d_model=32,
+        n_heads=2,
+        d_mlp=64,
+        lm_tokens=100_000,
+        lm_lr=1e-2,
+        d_sae=256,
+        coefficient=2.0,
+        sae_tokens=120_000,
+        sae_batch=512,
+        sae_lr=3e-3,
+        resample_every=40,
+        dead_after=10_000,
+        loss_tokens=2048,
+        table_tokens=2048,
+        compared=4,
+        shown=4,
+        device="cpu",
+    ),
+    full=MonosemanticityConfig(),
+    run=run,
+    steps=lambda config: 4,
+    default_model=None,
+)

@@ -68,7 +68,8 @@ class _Member:
         mean = (self.weights * self.error).sum(0) / self.weights.sum()
         spread = (self.weights * (self.error - mean).square()).sum().clamp_min(_TINY)
         missed = (self.weights * (decoded - self.error).square()).sum()
-        return missed * (config.aux_coefficient / spread)
+        loss: Tensor = missed * (config.aux_coefficient / spread)
+        return loss
 
     def ghost(self) -> Float[Tensor, ""]:
         """The dead latents with exponential activations, scaled to half the error's norm, against the error; the loss
@@ -81,7 +82,8 @@ class _Member:
         spread = (self.weights * (self.error - self.error.mean(0)).square()).sum().clamp_min(_TINY)
         main = (self.weights * self.error.square()).sum() / spread
         relative = missed / spread
-        return relative * (main / relative.clamp_min(_TINY)).detach() * self.stack.config.aux_coefficient
+        loss: Tensor = relative * (main / relative.clamp_min(_TINY)).detach() * self.stack.config.aux_coefficient
+        return loss
 
     def _dense(self, kept: Int[Tensor, "n k"]) -> Float[Tensor, "n d"]:
         encoder, W_dec, b_enc = self._weights()

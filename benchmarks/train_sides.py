@@ -104,7 +104,7 @@ class Microtome:
         )
         self._folder = tempfile.TemporaryDirectory(prefix="microtome-bench-")
         out = Path(self._folder.name) / "dictionary"
-        self.trainer = Trainer(architecture, source_of(rows, config), out, settings)
+        self.trainer = Trainer([architecture], source_of(rows, config), out, settings)
         self.batches = self.trainer.begin()
 
     def step(self) -> object:
@@ -112,11 +112,12 @@ class Microtome:
 
     @torch.no_grad()
     def reconstruct(self, x: Rows) -> Rows:
-        reconstruction: Tensor = self.trainer.sae(x * self.trainer.scale)
-        return reconstruction / self.trainer.scale
+        trainer = self.trainer
+        reconstruction: Tensor = trainer.groups[0].export(0, trainer.scales, {"model_name": "bench"})(x)
+        return reconstruction
 
     def n_dead(self) -> int:
-        return int((self.trainer.silent >= self.trainer.architecture.dead_after).sum())
+        return int(self.trainer.groups[0].dead.sum())
 
 
 class SAELens:

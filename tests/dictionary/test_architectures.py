@@ -164,7 +164,9 @@ def test_a_step_leaves_the_gradients_of_the_published_loss(name: str, n_dead: in
     assert torch.equal(report.fired[0], (f > 0).any(0))
     for parameter, p in stack.named_parameters():
         grad = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.testing.assert_close(grad, expected[parameter], rtol=1e-4, atol=1e-5, msg=lambda m: f"{parameter}: {m}")
+        torch.testing.assert_close(
+            grad, expected[parameter], rtol=1e-4, atol=1e-5, msg=lambda m, name=parameter: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("products", ["sparse", "dense"])
@@ -187,7 +189,11 @@ def test_members_of_a_stack_are_what_they_would_be_alone(name: str, products: st
         for (parameter, one), all_of_them in zip(alone.named_parameters(), stack.parameters(), strict=True):
             if one.grad is not None and all_of_them.grad is not None:
                 torch.testing.assert_close(
-                    one.grad[0], all_of_them.grad[member], rtol=1e-4, atol=1e-5, msg=lambda m: f"{parameter}: {m}"
+                    one.grad[0],
+                    all_of_them.grad[member],
+                    rtol=1e-4,
+                    atol=1e-5,
+                    msg=lambda m, name=parameter: f"{name}: {m}",
                 )
 
 

@@ -68,16 +68,15 @@ def weights(sae: torch.nn.Module) -> dict[str, Tensor]:
 
 def test_a_stopped_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     [whole] = train(ARCHITECTURE, Synthetic(), out=tmp_path / "whole", config=CONFIG)
-    stopped = Trainer(ARCHITECTURE, Synthetic(), tmp_path / "stopped", CONFIG)
+    stopped = Trainer([ARCHITECTURE], Synthetic(), tmp_path / "stopped", CONFIG)
     batches = stopped.begin()
     while stopped.step < 27:  # a checkpoint at 16, and eleven steps that will be lost
-        row = stopped.train_step(next(batches))
-        if row:
+        for row in stopped.train_step(next(batches)):
             stopped._log(row)
         if stopped.step % CONFIG.checkpoint_every == 0:
-            stopped._save_checkpoint()
+            stopped.save_checkpoint()
     del stopped
-    resumed = Trainer(ARCHITECTURE, Synthetic(), tmp_path / "stopped", CONFIG)
+    resumed = Trainer([ARCHITECTURE], Synthetic(), tmp_path / "stopped", CONFIG)
     resumed.begin()
     assert resumed.step == 16
     [sae] = train(ARCHITECTURE, Synthetic(), out=tmp_path / "stopped", config=CONFIG)
@@ -104,24 +103,24 @@ def test_dead_latents_come_back_with_the_auxiliary_loss(tmp_path: Path) -> None:
     def dead(coefficient: float) -> int:
         architecture = TopKConfig(d_sae=64, k=3, dead_after=8000, aux_coefficient=coefficient, aux_k=16)
         config = TrainConfig(n_tokens=100_000, batch_size=256, lr=3e-3)
-        trainer = Trainer(architecture, Synthetic(n_features=60), tmp_path / str(coefficient), config)
+        trainer = Trainer([architecture], Synthetic(n_features=60), tmp_path / str(coefficient), config)
         batches = trainer.begin()
         with torch.no_grad():
-            trainer.sae.encoder[:32] *= 1e-3
+            trainer.groups[0].stack.encoder[0, :32] *= 1e-3
         while trainer.step < config.n_steps:
             trainer.train_step(next(batches))
-        return int((trainer.silent[:32] >= architecture.dead_after).sum())
+        return int(trainer.groups[0].dead[0, :32].sum())
 
     assert dead(0.0) > 28
     assert dead(1 / 8) < 8
 
 
 def test_nan_in_the_data_stops_the_training_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    trainer = Trainer(ARCHITECTURE, Synthetic(), tmp_path / "sae", CONFIG)
+    trainer = Trainer([ARCHITECTURE], Synthetic(), tmp_path / "sae", CONFIG)
     batches = trainer.begin()
     for _ in range(16):
         trainer.train_step(next(batches))
-    trainer._save_checkpoint()
+    trainer.save_checkpoint()
     spoiled = Synthetic()
     spoiled.spoiled = True
     with pytest.raises(InputError, match="NaN or infinity"):

@@ -82,8 +82,9 @@ def model_section(study: Study) -> Found:
     c = study.subject.model.config
     text = (
         f"{c.n_layers} layer{'s' if c.n_layers > 1 else ''}, d_model {c.d_model}, {c.n_heads} heads, "
-        f"{study.features.dictionary.d_in} neurons, {c.d_vocab:,} tokens. Attention has an output matrix and divides its scores by √d_head = "
-        f"{c.d_head**0.5:.2f}. Losses are means over {lost.n_tokens:,} held-out tokens of {study.config.corpus}."
+        f"{study.features.dictionary.d_in} neurons, {c.d_vocab:,} tokens. Attention has an output matrix "
+        f"and divides its scores by √d_head = {c.d_head**0.5:.2f}. Losses are means over {lost.n_tokens:,} "
+        f"held-out tokens of {study.config.corpus}."
     )
     return Found("The model", claims, [text, Table(["", "loss in nats"], rows)])
 

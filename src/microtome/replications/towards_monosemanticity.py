@@ -45,8 +45,9 @@ def run(config: MonosemanticityConfig, model: HookedModel | None, progress: Prog
         title="Towards monosemanticity",
         summary=(
             f"{features.dictionary.d_in} neurons of the last MLP as {features.dictionary.d_sae:,} features: "
-            f"{features.firings.l0:.1f} fire on a token, and with the reconstruction in their place {features.losses.recovered_zero:.1%} of what the MLP "
-            f"does to the loss is kept ({features.losses.recovered_mean:.1%} against its mean activation)."
+            f"{features.firings.l0:.1f} fire on a token, and with the reconstruction in their "
+            f"place {features.losses.recovered_zero:.1%} of what the MLP does to "
+            f"the loss is kept ({features.losses.recovered_mean:.1%} against its mean activation)."
         ),
         claims=[claim for step in steps for claim in step.claims],
         sections=[step.section for step in steps],

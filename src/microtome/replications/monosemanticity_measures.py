@@ -41,6 +41,13 @@ def neurons_as_dictionary(model: HookedModel, hook_name: str, *, signed: bool = 
     return made.to(model.device)
 
 
+@torch.no_grad()
+def goes_below_zero(model: HookedModel, hook_name: str, dataset: TokenDataset) -> bool:
+    """Whether the activations are ever negative, on a batch of the text: those of a ReLU are not, those of a gated MLP are."""
+    tokens, _ = next(batches(dataset, _BATCH * dataset.context))
+    return bool((model.activations(tokens, hook_name)[hook_name] < 0).any())
+
+
 # ---- firings --------------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,13 @@ from microtome.common.progress import Progress
 from microtome.model import HookedModel
 from microtome.replications.frame import Replication
 from microtome.replications.monosemanticity_blind import comparison
-from microtome.replications.monosemanticity_measures import Kind, collect, losses, neurons_as_dictionary
+from microtome.replications.monosemanticity_measures import (
+    Kind,
+    collect,
+    goes_below_zero,
+    losses,
+    neurons_as_dictionary,
+)
 from microtome.replications.monosemanticity_report import (
     Study,
     dictionary_section,
@@ -57,8 +63,8 @@ def run(config: MonosemanticityConfig, model: HookedModel | None, progress: Prog
 
 def studied(config: MonosemanticityConfig, subject: Subject, progress: Progress) -> Study:
     """Features and neurons, each measured in the same way."""
-    gated = subject.model.weights.block(subject.model.config.n_layers - 1).W_gate is not None
-    neurons = neurons_as_dictionary(subject.model, subject.hook_name, signed=gated)
+    signed = goes_below_zero(subject.model, subject.hook_name, subject.held_out)
+    neurons = neurons_as_dictionary(subject.model, subject.hook_name, signed=signed)
     kinds: list[Kind] = []
     for name, dictionary in (("feature", subject.dictionary), ("neuron", neurons)):
         firings = collect(subject.model, dictionary, subject.held_out, config.table_tokens)

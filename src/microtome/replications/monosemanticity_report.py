@@ -48,15 +48,15 @@ class Study:
 
 def model_section(study: Study) -> Found:
     """The model: that it learned, and that its MLP matters."""
-    lost, entropy = study.neurons.losses, unigram_entropy(study.neurons.firings)
+    lost, unigram = study.neurons.losses, unigram_loss(study.subject)
     claims = [
         claim(
             "learned",
-            "The model knows more than how frequent tokens are (entropy of the tokens less its loss, in nats)",
+            "The model knows more than how frequent tokens are (the loss of who knows only that, less the model's)",
             at_least(0.5),
-            entropy - lost.clean,
+            unigram - lost.clean,
             source=_OWN,
-            note=f"{entropy:.3f} and {lost.clean:.3f} nats on held-out text",
+            note=f"{unigram:.3f} and {lost.clean:.3f} nats on held-out text",
         ),
         claim(
             "mlp_matters",
@@ -77,7 +77,7 @@ def model_section(study: Study) -> Found:
         ["as it is", lost.clean],
         ["MLP activations at their mean", lost.mean],
         ["MLP activations at zero", lost.zero],
-        ["entropy of the tokens", entropy],
+        ["token frequencies alone", unigram],
     ]
     c = study.subject.model.config
     text = (
@@ -207,7 +207,7 @@ def specificity_section(study: Study) -> Found:
     text = (
         f"Latents with at least {TOP} firings. “top share”: of the {TOP} strongest firings, the share on their most frequent "
         "token. “entropy”: bits of the tokens on which a latent fires, weighted by activation. “explained”: the share of its "
-        f"variance that one token explains. The text's own entropy is {unigram_entropy(firings) / np.log(2):.1f} bits. These are "
+        f"variance that one token explains. These are "
         "proxies: a latent for one token does well on all of them, one for a wider idea on none. The blind comparison (the "
         "setting `sheets`) is for a reader's judgement."
     )
@@ -263,8 +263,10 @@ def feature_section(study: Study) -> Found:
     return Found("Features, drawn at random", [], [Table(columns, rows)])
 
 
-def unigram_entropy(firings: Firings) -> float:
-    """The entropy of the text's tokens, in nats: the loss of a model that knows only their frequencies."""
-    counts = np.bincount(firings.tokens.reshape(-1))
-    p = counts[counts > 0] / counts.sum()
-    return -float((p * np.log(p)).sum())
+def unigram_loss(subject: Subject) -> float:
+    """The loss on held-out text, in nats, of a model that knows how frequent each token was in training (each counted once
+    more than it came)."""
+    counts = np.bincount(subject.data.tokens.reshape(-1), minlength=subject.model.config.d_vocab) + 1
+    held_out = subject.held_out.tokens
+    text = held_out[~np.isin(held_out, subject.held_out.special_ids)]
+    return -float(np.log(counts[text] / counts.sum()).mean())

@@ -130,11 +130,13 @@ class MonosemanticityConfig:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at: a model, the point of its MLP's activations, a dictionary of them, and text that neither has seen."""
+    """What is looked at: a model, the point of its MLP's activations, a dictionary of them, the text that they
+    were trained on, and text that neither has seen."""
 
     model: HookedModel
     hook_name: str
     dictionary: Dictionary
+    data: TokenDataset
     held_out: TokenDataset
 
 
@@ -157,7 +159,7 @@ def trained(
     if not out.is_dir():
         train(config.dictionary, ModelSource(model, data, hook_name), out=out, config=config.dictionary_training)
     progress.advance(1, "dictionary")
-    return Subject(model, hook_name, load_dictionary(out).to(model.device), held_out)
+    return Subject(model, hook_name, load_dictionary(out).to(model.device), data, held_out)
 
 
 def _home(config: MonosemanticityConfig, model: HookedModel | None) -> str:

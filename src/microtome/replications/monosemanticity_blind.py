@@ -93,7 +93,7 @@ def _item(contexts: Contexts, latent: int, seed: int) -> str:
     strongest = top[0].activation
     rows = ["| % of its maximum | context |", "|---|---|", *(_row(one, strongest) for one in top)]
     for examples in contexts.sampled(latent, 5, 2, seed):
-        rows += [_row(one, strongest) for one in examples]
+        rows += [_row(one, strongest) for one in examples if one not in top]
     return "\n".join(rows)
 
 

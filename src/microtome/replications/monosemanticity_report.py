@@ -7,7 +7,7 @@ import torch
 
 from microtome.common.device import generator
 from microtome.replications.frame import Found, claim
-from microtome.replications.monosemanticity_measures import Clusters, Firings, Kind, density_clusters
+from microtome.replications.monosemanticity_measures import Clusters, Kind, density_clusters
 from microtome.replications.monosemanticity_tables import (
     TOP,
     Contexts,
@@ -207,8 +207,7 @@ def specificity_section(study: Study) -> Found:
     text = (
         f"Latents with at least {TOP} firings. “top share”: of the {TOP} strongest firings, the share on their most frequent "
         "token. “entropy”: bits of the tokens on which a latent fires, weighted by activation. “explained”: the share of its "
-        f"variance that one token explains. These are "
-        "proxies: a latent for one token does well on all of them, one for a wider idea on none. The blind comparison (the "
+        "variance that one token explains. These are proxies: a latent for one token does well on all of them, one for a wider idea on none. The blind comparison (the "
         "setting `sheets`) is for a reader's judgement."
     )
     parts: list[Part] = [

@@ -207,8 +207,8 @@ def specificity_section(study: Study) -> Found:
     text = (
         f"Latents with at least {TOP} firings. “top share”: of the {TOP} strongest firings, the share on their most frequent "
         "token. “entropy”: bits of the tokens on which a latent fires, weighted by activation. “explained”: the share of its "
-        "variance that one token explains. These are proxies: a latent for one token does well on all of them, one for a wider idea on none. The blind comparison (the "
-        "setting `sheets`) is for a reader's judgement."
+        "variance that one token explains. These are proxies: a latent for one token does well on all of them, one "
+        "for a wider idea on none. The blind comparison (the setting `sheets`) is for a reader's judgement."
     )
     parts: list[Part] = [
         text,

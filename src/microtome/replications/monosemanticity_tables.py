@@ -101,8 +101,14 @@ class Contexts:
     def __init__(self, firings: Firings, strings: TokenStrings) -> None:
         self.firings, self.strings = firings, strings
 
-    def example(self, place: int, activation: float) -> Example:
-        sequence, position = divmod(int(place), self.firings.tokens.shape[1])
+    def examples(
+        self, places: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"], which: Int[np.ndarray, " some"]
+    ) -> list[Example]:
+        """Some of a latent's firings."""
+        return [self._example(*pair) for pair in zip(places[which].tolist(), values[which].tolist(), strict=True)]
+
+    def _example(self, place: int, activation: float) -> Example:
+        sequence, position = divmod(place, self.firings.tokens.shape[1])
         row = self.firings.tokens[sequence].tolist()
         start, stop = max(position - _BEFORE, 0), min(position + 1 + _BEHIND, len(row))
         shown = self.strings.show(row[start:stop])
@@ -111,14 +117,14 @@ class Contexts:
             before="".join(shown[:here]),
             token=shown[here],
             behind="".join(shown[here + 1 :]),
-            activation=float(activation),
+            activation=activation,
         )
 
     def top(self, latent: int, n: int) -> list[Example]:
         """The strongest firings, one a sequence."""
         places, values = self.firings.of(latent)
         _, first = np.unique(places // self.firings.tokens.shape[1], return_index=True)
-        return [self.example(places[i], values[i]) for i in np.sort(first)[:n]]
+        return self.examples(places, values, np.sort(first)[:n])
 
     def sampled(self, latent: int, intervals: int, n: int, seed: int) -> list[list[Example]]:
         """`n` random firings from each of so many equal steps of activation, from the strongest step to the weakest. Steps
@@ -129,8 +135,7 @@ class Contexts:
         for step in reversed(range(intervals)):
             inside = np.flatnonzero(steps == step)
             order = torch.randperm(len(inside), generator=generator(seed, "interval", latent, step)).numpy()
-            chosen = np.sort(inside[order[:n]])
-            drawn.append([self.example(places[i], values[i]) for i in chosen])
+            drawn.append(self.examples(places, values, np.sort(inside[order[:n]])))
         return drawn
 
     def tokens(self, latent: int, n: int) -> list[tuple[str, float]]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from microtome.common.assets import shipped_or
 from microtome.common.device import parse_device, parse_dtype
 from microtome.common.errors import ArtifactError, unknown_name
@@ -68,7 +70,8 @@ def read_dictionary(name: str | Path, format: str | None = None, hints: Hints | 
         raise ArtifactError(
             f"{place.path} is not of the format {chosen}", got=_listing(place.path), expected=reader.looks
         )
-    reading = reader.read(place.path, place.hints)
+    with torch.no_grad():
+        reading = reader.read(place.path, place.hints)
     reading.dictionary.requires_grad_(False)
     return Reading(dictionary=reading.dictionary, format=reading.format, notes=(*place.notes, *reading.notes))
 

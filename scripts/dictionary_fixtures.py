@@ -52,7 +52,9 @@ def inputs(d: int = D) -> Tensor:
 def expect(folder: Path, x: Tensor, codes: Tensor, out: Tensor) -> None:
     """Keep what the library made of x."""
     tensors = {"x": x, "codes": codes, "out": out}
-    save_file({k: v.float().contiguous() for k, v in tensors.items()}, folder.with_name(f"{folder.name}.expected.safetensors"))
+    save_file(
+        {k: v.float().contiguous() for k, v in tensors.items()}, folder.with_name(f"{folder.name}.expected.safetensors")
+    )
 
 
 def shake(module: torch.nn.Module) -> None:
@@ -71,7 +73,13 @@ def metadata(hook: str = POINT, **more: Any) -> Any:
     from sae_lens.saes.sae import SAEMetadata
 
     return SAEMetadata(
-        model_name="tiny", hook_name=hook, hook_head_index=None, context_size=64, prepend_bos=True, dataset_path="abc", **more
+        model_name="tiny",
+        hook_name=hook,
+        hook_head_index=None,
+        context_size=64,
+        prepend_bos=True,
+        dataset_path="abc",
+        **more,
     )
 
 
@@ -82,8 +90,16 @@ def saelens() -> None:
     kinds: dict[str, tuple[type, type, dict[str, Any]]] = {
         "standard": (standard_sae.StandardSAE, standard_sae.StandardSAEConfig, {}),
         "standard_plain": (standard_sae.StandardSAE, standard_sae.StandardSAEConfig, {"apply_b_dec_to_input": False}),
-        "layer_norm": (standard_sae.StandardSAE, standard_sae.StandardSAEConfig, {"normalize_activations": "layer_norm"}),
-        "constant_norm": (topk_sae.TopKSAE, topk_sae.TopKSAEConfig, {"k": K, "normalize_activations": "constant_norm_rescale"}),
+        "layer_norm": (
+            standard_sae.StandardSAE,
+            standard_sae.StandardSAEConfig,
+            {"normalize_activations": "layer_norm"},
+        ),
+        "constant_norm": (
+            topk_sae.TopKSAE,
+            topk_sae.TopKSAEConfig,
+            {"k": K, "normalize_activations": "constant_norm_rescale"},
+        ),
         "topk": (topk_sae.TopKSAE, topk_sae.TopKSAEConfig, {"k": K}),
         "topk_by_norm": (topk_sae.TopKSAE, topk_sae.TopKSAEConfig, {"k": K, "rescale_acts_by_decoder_norm": True}),
         "jumprelu": (jumprelu_sae.JumpReLUSAE, jumprelu_sae.JumpReLUSAEConfig, {}),
@@ -122,7 +138,15 @@ def keep_saelens(name: str, sae: Any, heads: int = 0) -> None:
 
 def saelens_checkpoints() -> None:
     """What training leaves (unfolded, with its activation scale), and what SAELens itself makes of it for use."""
-    from sae_lens.saes import batchtopk_sae, gated_sae, jumprelu_sae, matryoshka_batchtopk_sae, sae, standard_sae, topk_sae
+    from sae_lens.saes import (
+        batchtopk_sae,
+        gated_sae,
+        jumprelu_sae,
+        matryoshka_batchtopk_sae,
+        sae,
+        standard_sae,
+        topk_sae,
+    )
     from sae_lens.training.activation_scaler import ActivationScaler
 
     scaled = {"d_in": D, "d_sae": F, "normalize_activations": "expected_average_only_in"}
@@ -160,11 +184,22 @@ def saelens_reads() -> None:
     from sae_lens.saes.sae import SAE
 
     tensors = random_tensors()
-    old = {"hook_point": POINT, "hook_point_layer": 3, "hook_point_head_index": None, "d_in": D, "d_sae": F, "model_name": "tiny"}
+    old = {
+        "hook_point": POINT,
+        "hook_point_layer": 3,
+        "hook_point_head_index": None,
+        "d_in": D,
+        "d_sae": F,
+        "model_name": "tiny",
+    }
     for name, more, extra in (
         ("old", {}, {}),
         ("old_ones", {"activation_fn_str": "relu", "normalize_activations": None}, {"scaling_factor": torch.ones(F)}),
-        ("old_topk", {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "normalize_activations": False}, {}),
+        (
+            "old_topk",
+            {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "normalize_activations": False},
+            {},
+        ),
     ):
         folder = ROOT / "saelens" / name
         folder.mkdir(parents=True)
@@ -196,7 +231,9 @@ def saelens_reads() -> None:
     hyper = {"d_model": D, "d_sae": F, "hook_point_in": POINT, "hook_point_out": POINT, "act_fn": "jumprelu"}
     hyper |= {"jump_relu_threshold": 0.4, "dataset_average_activation_norm": norms, "norm_activation": "dataset-wise"}
     (llama / "hyperparams.json").write_text(json.dumps(hyper))
-    keep_read(llama, loaders.llama_scope_sae_huggingface_loader, "fnlp/x", llama.name, {"dtype": "float32"}, D**0.5 / 4.5)
+    keep_read(
+        llama, loaders.llama_scope_sae_huggingface_loader, "fnlp/x", llama.name, {"dtype": "float32"}, D**0.5 / 4.5
+    )
 
 
 def random_tensors() -> dict[str, Tensor]:
@@ -228,7 +265,9 @@ def local_hub(folder: Path, inside: str) -> Iterator[None]:
 
     def here(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
         del repo_id
-        return str(folder / f"{subfolder}/{filename}".removeprefix(f"{inside}/").removeprefix("/").removeprefix(f"{inside}/"))
+        return str(
+            folder / f"{subfolder}/{filename}".removeprefix(f"{inside}/").removeprefix("/").removeprefix(f"{inside}/")
+        )
 
     with mock.patch("sae_lens.loading.pretrained_sae_loaders.hf_hub_download", here):
         yield
@@ -258,9 +297,17 @@ def dictionary_learning() -> None:
         if "BatchTopK" in name:
             ae.threshold.fill_(0.8)
         torch.save({k: v.cpu() for k, v in ae.state_dict().items()}, folder / "ae.pt")
-        trainer = {"dict_class": name, "activation_dim": D, "dict_size": F, "layer": 3, "lm_name": "EleutherAI/pythia-70m-deduped"}
+        trainer = {
+            "dict_class": name,
+            "activation_dim": D,
+            "dict_size": F,
+            "layer": 3,
+            "lm_name": "EleutherAI/pythia-70m-deduped",
+        }
         trainer |= {"submodule_name": "resid_post_layer_3", **({"k": K} if "TopK" in name else {})}
-        (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"d_submodule": D, "io": "out", "ctx_len": 128}}))
+        (folder / "config.json").write_text(
+            json.dumps({"trainer": trainer, "buffer": {"d_submodule": D, "io": "out", "ctx_len": 128}})
+        )
         expect(folder, inputs(), ae.encode(inputs()), ae(inputs()))
     # What an interrupted run leaves: the state of training on x / norm_factor. The library's own scale_biases undoes it.
     ae, folder = made["BatchTopKSAE"], ROOT / "dictionary_learning" / "interrupted"

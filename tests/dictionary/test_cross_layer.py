@@ -97,7 +97,9 @@ def test_no_rows_and_nothing_that_fires() -> None:
     torch.testing.assert_close(made(x_of()), made.b_dec.flatten().expand(7, -1))
 
 
-@pytest.mark.parametrize("activation", [ReLU(), TopK(4), JumpReLU(torch.zeros(LAYERS * F))], ids=["relu", "topk", "jump"])
+@pytest.mark.parametrize(
+    "activation", [ReLU(), TopK(4), JumpReLU(torch.zeros(LAYERS * F))], ids=["relu", "topk", "jump"]
+)
 def test_scales_are_folded(activation: Activation) -> None:
     made, x = make(activation), x_of()
     read, written = torch.tensor([0.5, 2.0, 3.0]), torch.tensor([4.0, 0.1, 1.5])

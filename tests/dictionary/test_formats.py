@@ -42,20 +42,20 @@ def shaken(made: M, seed: int = 0) -> M:
 
 def made_of(name: str, **more: object) -> Dictionary:
     """One of each kind, by the architecture that it is written with."""
-    number, plain = torch.ones(20), {"center": False}
+    number, other, plain = torch.ones(20), torch.ones(20), {"center": False}
     skip = {**plain, "skip": True, "d_out": 6, "origin": ACROSS}
     kinds: dict[str, tuple[Activation, dict[str, object]]] = {
         "standard": (ReLU(), {}),
         "topk": (TopK(3), {}),
         "jumprelu": (JumpReLU(number), plain),
-        "gated": (Gated(number, number), {}),
+        "gated": (Gated(number, other), {}),
         "transcoder": (ReLU(), {**plain, "d_out": 6, "origin": ACROSS}),
         "jumprelu_transcoder": (JumpReLU(number), {**plain, "d_out": 6, "origin": ACROSS}),
         "skip_transcoder": (ReLU(), skip),
         "jumprelu_skip_transcoder": (JumpReLU(number), skip),
         "microtome_groupmax": (GroupMax(4), {}),
         "microtome_topk_transcoder": (TopK(3), {**plain, "d_out": 6, "origin": ACROSS}),
-        "microtome_gated_skip_transcoder": (Gated(number, number), skip),
+        "microtome_gated_skip_transcoder": (Gated(number, other), skip),
         "microtome_topk_crosscoder": (TopK(3), {**plain, "origin": SEVERAL}),
         "microtome_standard_crosscoder": (ReLU(), {"origin": SEVERAL}),
     }
@@ -91,6 +91,14 @@ def test_every_kind_survives_a_round_trip(name: str, tmp_path: Path) -> None:
     assert read_dictionary(tmp_path).format == ("microtome" if name.startswith("microtome") else "saelens")
     assert read_dictionary(tmp_path).notes == ()
     assert_same(load_dictionary(tmp_path), made)
+
+
+def test_tied_weights_are_written_apart(tmp_path: Path) -> None:
+    made = made_of("standard")
+    made.W_dec = made.encoder
+    save_dictionary(made, tmp_path)
+    again = load_dictionary(tmp_path)
+    assert torch.equal(again.W_dec, again.encoder)
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
@@ -203,7 +211,9 @@ def test_a_model_with_centred_writing_weights(name: str, tmp_path: Path) -> None
     reading = read_dictionary(tmp_path)
     plain, x = load_dictionary(source), x_of() + 3
     centred = x - x.mean(1, keepdim=True)
-    torch.testing.assert_close(reading.dictionary.encode(x).to_dense(), plain.encode(centred).to_dense(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        reading.dictionary.encode(x).to_dense(), plain.encode(centred).to_dense(), atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(reading.dictionary(x), plain(centred), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(plain(x), plain(centred), atol=1e-2)
     assert "fold_ln=False" in reading.notes[0]

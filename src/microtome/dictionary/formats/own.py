@@ -80,7 +80,7 @@ def read(folder: Path, hints: Hints) -> Reading:
         raise ArtifactError(f"{folder / CFG} has another format version", got=got, expected=VERSION)
     file = TensorFile(folder / WEIGHTS, read_safetensors(folder / WEIGHTS), CFG)
     try:
-        origin = hints.applied(from_dict(Origin, facts["origin"]))
+        origin = from_dict(Origin, facts["origin"])
         kinds = list(facts["activations"])
         made: AnyDictionary
         if facts["kind"] == "cross_layer_transcoder":
@@ -89,6 +89,7 @@ def read(folder: Path, hints: Hints) -> Reading:
             made = _dictionary(folder, file, origin, kinds[0], cfg, facts)
     except (KeyError, TypeError, ConfigError) as error:
         raise ArtifactError(f"{folder / CFG} is damaged: {error}") from error
+    made.origin = hints.applied(origin)
     return Reading(dictionary=made, format=NAME, notes=leftover(file.left))
 
 

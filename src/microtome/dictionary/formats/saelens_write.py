@@ -44,7 +44,7 @@ def save_dictionary(
         cfg, tensors = saelens_cfg(made), _tensors(made)
     else:
         cfg, tensors = cfg_of(made), tensors_of(made)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = _apart(tensors)
     with atomic_file(folder / WEIGHTS) as temporary:
         save_file(plain, temporary)
     if log_sparsity is not None:
@@ -92,6 +92,16 @@ def saelens_cfg(made: Dictionary) -> dict[str, Any]:
     if made.architecture == "topk":
         cfg |= {"k": made.k, "rescale_acts_by_decoder_norm": False}
     return cfg
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU, none in another's memory (tied weights are): the file's format wants it so."""
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        places = {other.untyped_storage().data_ptr() for other in apart.values()}
+        apart[name] = plain.clone() if plain.untyped_storage().data_ptr() in places else plain
+    return apart
 
 
 def _tensors(made: Dictionary) -> dict[str, Tensor]:

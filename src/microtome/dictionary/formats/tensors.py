@@ -90,11 +90,11 @@ def read_pickle(file: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ArtifactError(
             f"{file} is refused: it is damaged, or holds more than tensors and plain values, and reading that could run code",
-            got=str(error).splitlines()[0][:160],
+            got=_first_line(error)[:160],
             fix="Save its state_dict alone, with the library that made it, on a machine where you trust the file",
         ) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
-        raise ArtifactError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{file} is damaged: {_first_line(error)}") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{file} holds no weights", got=type(value).__name__, expected="a dict of tensors")
     return value
@@ -104,7 +104,7 @@ def read_npz(file: Path) -> dict[str, Tensor]:
     """All arrays of an npz file; arrays of Python objects, which are pickles, are refused."""
     _there(file)
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{file} is refused: {error}", expected="arrays of numbers") from error
@@ -120,3 +120,7 @@ def only_tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
 def _there(file: Path) -> None:
     if not file.is_file():
         raise ArtifactError(f"{file.parent} has no weights", expected=file.name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

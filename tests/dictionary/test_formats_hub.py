@@ -42,6 +42,7 @@ def test_an_address(cache: Path) -> None:
     made = load_dictionary("hf://someone/saes/layers.3")
     assert made.fingerprint == load_dictionary(FIXTURES / "sparsify/layers.3").fingerprint
     assert made.path == folder
+    assert load_dictionary(Path("hf://someone/saes/layers.3")).path == folder
     assert load_dictionary(f"hf://someone/saes@{COMMIT}/layers.3/cfg.json").fingerprint == made.fingerprint
 
 

@@ -152,11 +152,12 @@ def detect_format(path: Path) -> Format:
 
 def _find(name: str | Path, hints: Hints) -> _Place:
     path = shipped_or(name, "dictionary")
-    if path.exists() or isinstance(name, Path):
+    if path.exists():
         return _Place(path=_unit(path), hints=hints)
-    if name.startswith(HUB):
-        return _Place(path=_unit(fetch(name)), hints=hints)
-    release = find_release(name)
+    text = re.sub("^hf:/+", HUB, str(name))  # a Path has only one of the slashes
+    if text.startswith(HUB):
+        return _Place(path=_unit(fetch(text)), hints=hints)
+    release = find_release(text)
     if release is None:
         return _Place(path=path, hints=hints)
     fetched = fetch(f"{HUB}{release.repo}/{release.folder}")

@@ -1,10 +1,10 @@
 """Well-known releases by name: where each is on the hub, its format, and what is special about it (`releases.json`)."""
 
 import functools
-import importlib.resources
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from microtome.common.config import from_dict
 from microtome.common.errors import ArtifactError
@@ -64,7 +64,7 @@ class Found:
 @functools.cache
 def releases() -> Mapping[str, Release]:
     """All releases by name."""
-    text = (importlib.resources.files("microtome.dictionary.formats") / "releases.json").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("releases.json").read_text(encoding="utf-8")
     return {name: from_dict(Release, {**facts}) for name, facts in json.loads(text).items()}
 
 

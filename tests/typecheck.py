@@ -2,9 +2,9 @@
 
 jaxtyping's hook on imports decorates every function of the package, so that dimensions of one name agree within a call. Around a
 function that has no array in its signature this finds nothing that beartype alone does not find, and takes so long (arguments
-bound, checked twice, kept for error messages) that most of the tests' time went there. So `jaxtyped` below takes its place: it hands on
-the functions that have arrays, and gives the others to beartype. It is in force from this module's import, which the hook
-causes at the package's first function.
+bound, checked twice, kept for error messages) that most of the tests' time went there. So `jaxtyped` below takes its place: it
+hands on the functions that have arrays, and gives the others to beartype. It is in force from this module's import, which the
+hook causes at the package's first function.
 """
 
 import dataclasses

@@ -85,6 +85,10 @@ SURFACE = {
         *("checkpoint_every", "seed", "dtype", "device", "overwrite"),
     ],
     "evaluate": [*TEXT, "dictionary", "n_tokens", "function_tokens", "out"],
+    "convert": [
+        *("source", "out", "format", "model_name", "hook_name", "hook_name_out", "norm_scaling_factor"),
+        *("fold_decoder_norms", "dtype", "overwrite"),
+    ],
     "index": [*TEXT, "dictionary", "out", "store", "top", "bands", "per_band", "window", "seed", "overwrite"],
     "serve": ["index", "host", "port", "open", "no_model", "allow_host"],
     "replicate": ["name", "list", "smoke", *MODEL, "report", "seed", "set", "strict"],

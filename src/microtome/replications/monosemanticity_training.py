@@ -15,9 +15,10 @@ from pathlib import Path
 from microtome.activations import ModelSource
 from microtome.common.artifacts import fingerprint
 from microtome.common.config import require, to_dict
-from microtome.common.errors import InputError
+from microtome.common.errors import ConfigError, InputError
 from microtome.common.progress import Progress
 from microtome.dictionary import Dictionary, ReLUConfig, TrainConfig, load_dictionary, train
+from microtome.dictionary.fit import check_fit
 from microtome.model import HookedModel, load_model
 from microtome.model.lm_training import TrainLMConfig, train_lm
 from microtome.model.reference import ReferenceConfig
@@ -31,10 +32,11 @@ _HELD_OUT = 0.05
 class MonosemanticityConfig:
     """The text, the model, its training, the dictionary's, and what is measured.
 
-    `corpus` is what `open_corpus` takes. The model has one layer; it sees `lm_tokens` tokens in batches of `lm_batch` sequences of
-    `context`. The dictionary of `d_sae` latents sees `sae_tokens` activations in batches of `sae_batch`; `coefficient` is the
-    weight λ of the L1 penalty for inputs of mean norm √d. Dead latents get new weights every `resample_every` steps, up to the
-    share `resample_until` of the run; a latent is dead that was silent for `dead_after` activations.
+    `corpus` is what `open_corpus` takes. The model that is trained here has one layer; it sees `lm_tokens` tokens in batches of
+    `lm_batch` sequences of `context`. The dictionary of `d_sae` latents sees `sae_tokens` activations in batches of `sae_batch`;
+    `coefficient` is the weight λ of the L1 penalty for inputs of mean norm √d. Dead latents, silent for `dead_after` activations,
+    get new weights every `resample_every` steps, up to the share `resample_until` of the run. With `dictionary_folder`, a
+    dictionary that is there is looked at and none is trained: give its model too, and text that it has not seen.
 
     Losses are measured on `loss_tokens` held-out tokens, everything else on `table_tokens` of them. `compared` features and as
     many neurons go into the blind comparison, `shown` features into `features.md`. `runs` is the folder in which what was trained
@@ -43,6 +45,7 @@ class MonosemanticityConfig:
 
     corpus: str = "python-stdlib"
     max_tokens: int | None = None
+    dictionary_folder: str | None = None
     d_vocab: int = 4096
     context: int = 128
     d_model: int = 128
@@ -52,11 +55,11 @@ class MonosemanticityConfig:
     lm_batch: int = 16
     lm_lr: float = 5e-3
     d_sae: int = 2048
-    coefficient: float = 5.0
+    coefficient: float = 4.0
     sae_tokens: int = 2_000_000
-    sae_batch: int = 1024
-    sae_lr: float = 1e-3
-    resample_every: int = 250
+    sae_batch: int = 512
+    sae_lr: float = 2e-3
+    resample_every: int = 500
     resample_until: float = 0.6
     dead_after: int = 200_000
     loss_tokens: int = 32_768
@@ -143,7 +146,8 @@ class Subject:
 def trained(
     config: MonosemanticityConfig, folder: Path, progress: Progress, model: HookedModel | None = None
 ) -> Subject:
-    """The model and its dictionary, from `folder` where they were trained there with these settings.
+    """The model and its dictionary, from `folder` where they were trained there with these settings. Raises ConfigError for a
+    given dictionary that does not belong to the model's last MLP.
 
     A `model` that is given is not trained; its last layer's MLP is looked at, on the corpus in its own tokens.
     """
@@ -154,12 +158,23 @@ def trained(
     progress.advance(1, "language model")
     data, held_out = _dataset(config, home, model).split(1 - _HELD_OUT)
     hook_name = f"blocks.{model.config.n_layers - 1}.mlp.hook_post"
+    if config.dictionary_folder is not None:
+        given = _checked(load_dictionary(config.dictionary_folder), model, hook_name)
+        progress.advance(1, "dictionary")
+        return Subject(model, hook_name, given, data, held_out)
     settings = {"dictionary": to_dict(config.dictionary), "training": to_dict(config.dictionary_training)}
     out = home / f"dictionary-{fingerprint(settings)}"
     if not out.is_dir():
         train(config.dictionary, ModelSource(model, data, hook_name), out=out, config=config.dictionary_training)
     progress.advance(1, "dictionary")
     return Subject(model, hook_name, load_dictionary(out).to(model.device), data, held_out)
+
+
+def _checked(dictionary: Dictionary, model: HookedModel, hook_name: str) -> Dictionary:
+    check_fit(model, dictionary)
+    if dictionary.hook_name != hook_name:
+        raise ConfigError("The dictionary is of another hook point", got=dictionary.hook_name, expected=hook_name)
+    return dictionary.to(model.device)
 
 
 def _home(config: MonosemanticityConfig, model: HookedModel | None) -> str:

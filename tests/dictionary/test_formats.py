@@ -242,6 +242,32 @@ def test_centred_writing_weights_take_the_mean_from_the_stream() -> None:
     torch.testing.assert_close(after.logits, before.logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("said", "hub"),
+    [
+        ("gpt2-small", "gpt2"),
+        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"),
+        ("gemma-2-2b", "google/gemma-2-2b"),
+    ],
+)
+def test_short_names_of_models_are_those_of_the_hub(said: str, hub: str, tmp_path: Path) -> None:
+    save_dictionary(made_of("standard", origin=Origin.at(said, "blocks.1.hook_resid_pre")), tmp_path)
+    assert load_dictionary(tmp_path).model_name == hub
+    save_dictionary(load_dictionary(tmp_path), tmp_path)
+    assert load_dictionary(tmp_path).model_name == hub
+
+
+def test_centring_does_not_touch_what_is_not_on_the_stream(tmp_path: Path) -> None:
+    for folder, hook in (("z", "blocks.3.attn.hook_z"), ("post", "blocks.3.mlp.hook_post")):
+        (tmp_path / folder).mkdir()
+        made = made_of("standard", origin=Origin.at("tiny", hook))
+        save_dictionary(made, tmp_path / folder)
+        cfg = json.loads((tmp_path / folder / "cfg.json").read_text())
+        cfg["metadata"]["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
+        (tmp_path / folder / "cfg.json").write_text(json.dumps(cfg))
+        assert load_dictionary(tmp_path / folder).fingerprint == made.fingerprint
+
+
 @pytest.mark.parametrize("name", [kind for kind in KINDS if not kind.startswith("microtome")])
 def test_saelens_opens_what_is_written(name: str, tmp_path: Path) -> None:
     """Its own loader, its own activations and outputs."""

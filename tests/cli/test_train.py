@@ -49,7 +49,9 @@ def run(capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path) -> Run:
     return call
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "standard", "p_anneal", "gated", "jumprelu"])
+@pytest.mark.parametrize(
+    "architecture", ["topk", "batchtopk", "matryoshka", "standard", "p_anneal", "gated", "jumprelu"]
+)
 def test_every_architecture_is_trained_saved_and_opened(run: Run, architecture: str, tmp_path: Path) -> None:
     made = run("--architecture", architecture, "--hook", HOOK, "--k", "4", "--set", "norms=free")
     assert (made["architecture"], made["steps"], made["hook_name"]) == (architecture, 20, HOOK)

@@ -105,7 +105,7 @@ def collect(model: HookedModel, dictionary: Dictionary, dataset: TokenDataset, n
         where = is_text.flatten().nonzero().squeeze(1)
         codes = dictionary.encode(x.flatten(0, 1)[where.to(x.device)])
         firing = codes.values > 0
-        latents.append(codes.indices[firing].cpu().numpy())
+        latents.append(codes.indices[firing].int().cpu().numpy())
         values.append(codes.values[firing].float().cpu().numpy())
         rows = where.to(firing.device)[:, None].expand_as(firing)[firing]
         places.append(rows.cpu().numpy() + at)

@@ -116,15 +116,15 @@ def test_losses_against_evaluate_and_against_plain_runs(
     rows, total, n = [], 0.0, 0
     for i in range(part.n_sequences):
         tokens = torch.from_numpy(part.batch(i, i + 1))
-        is_text = ~np.isin(tokens[0].numpy(), part.special_ids)
-        rows.append(tiny_llama.activations(tokens, HOOK)[HOOK][0][is_text])
+        where = ~np.isin(tokens[0].numpy(), part.special_ids)
+        rows.append(tiny_llama.activations(tokens, HOOK)[HOOK][0][where])
     mean = torch.cat(rows).mean(0)
     for i in range(part.n_sequences):
         tokens = torch.from_numpy(part.batch(i, i + 1))
         is_text = torch.from_numpy(~np.isin(tokens[0].numpy(), part.special_ids))
 
-        def to_mean(x: torch.Tensor, _: object, where: torch.Tensor = is_text) -> torch.Tensor:
-            return torch.where(where[None, :, None], mean, x)
+        def to_mean(x: torch.Tensor, _: object, here: torch.Tensor = is_text) -> torch.Tensor:
+            return torch.where(here[None, :, None], mean, x)
 
         logits = tiny_llama.run_with_hooks(tokens, [(HOOK, to_mean)])
         each = functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none")
@@ -251,10 +251,10 @@ def test_a_filled_in_sheet_is_scored(sheet: Path) -> None:
     first = next(iter(ratings))
     ratings[first] = ""  # not judged
     scores = score(filled(sheet, ratings), sheet / KEY)
-    assert scores.means == (5, 2)
+    assert scores.means == pytest.approx((5, 2))
     assert sum(scores.rated) == 7
     assert scores.chance == 1
-    assert scores.interval == (1, 1)
+    assert scores.interval == pytest.approx((1, 1))
 
 
 @pytest.mark.parametrize(

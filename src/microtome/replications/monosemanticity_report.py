@@ -91,7 +91,7 @@ def model_section(study: Study) -> Found:
 
 def dictionary_section(study: Study) -> Found:
     """The dictionary against the neurons, and the densities of its latents."""
-    features, lost = study.features, study.features.losses
+    features, lost, unigram = study.features, study.features.losses, unigram_loss(study.subject)
     norms = features.dictionary.W_dec.norm(dim=1)
     claims = [
         claim(
@@ -104,10 +104,10 @@ def dictionary_section(study: Study) -> Found:
         ),
         claim("l0", "Features that fire on a token", at_most(25), features.firings.l0, source=f"{_BRICKEN} (10 to 20)"),
         claim(
-            "recovered_mean",
-            "The share recovered, against activations at their mean, which flatters less",
-            at_least(0.5),
-            lost.recovered_mean,
+            "kept",
+            "Of what the model knows beyond token frequencies, the share that is kept. Zeros can cost more than all knowledge is worth",
+            at_least(0.74),
+            (unigram - lost.spliced) / (unigram - lost.clean),
             source=_OWN,
         ),
         claim(
@@ -131,6 +131,7 @@ def dictionary_section(study: Study) -> Found:
             f"{kind.name}s",
             kind.dictionary.d_sae,
             kind.firings.l0,
+            kind.losses.spliced - kind.losses.clean,
             kind.losses.recovered_zero,
             kind.losses.recovered_mean,
             kind.dead,
@@ -138,7 +139,7 @@ def dictionary_section(study: Study) -> Found:
         ]
         for kind in study.kinds
     ]
-    columns = ["", "latents", "L0", "recovered (zero)", "recovered (mean)", "dead", "median density"]
+    columns = ["", "latents", "L0", "added loss", "recovered (zero)", "recovered (mean)", "dead", "median density"]
     clusters = {kind.name: density_clusters(kind.firings.density) for kind in study.kinds}
     parts: list[Part] = [Table(columns, rows), _density_lines(study), _clusters_table(clusters), _CLUSTERS]
     return Found("The dictionary", claims, parts)

@@ -55,7 +55,7 @@ class MonosemanticityConfig:
     lm_batch: int = 16
     lm_lr: float = 5e-3
     d_sae: int = 2048
-    coefficient: float = 4.0
+    coefficient: float = 3.0
     sae_tokens: int = 2_000_000
     sae_batch: int = 512
     sae_lr: float = 2e-3

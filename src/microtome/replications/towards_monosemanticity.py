@@ -42,8 +42,7 @@ def run(config: MonosemanticityConfig, model: HookedModel | None, progress: Prog
     steps = [model_section(study), dictionary_section(study), specificity_section(study), feature_section(study)]
     features = study.features
     about = {
-        "trained here": model is None,
-        "model": {"name": Path(study.subject.model.name).name, "hook_name": study.subject.hook_name},
+        "model": {"name": "trained here" if model is None else model.name, "hook_name": study.subject.hook_name},
         "parameters": sum(p.numel() for p in study.subject.model.hf.parameters()),
         "dictionary": {"d_sae": features.dictionary.d_sae, "fingerprint": features.dictionary.fingerprint},
     }
@@ -52,8 +51,8 @@ def run(config: MonosemanticityConfig, model: HookedModel | None, progress: Prog
         summary=(
             f"{features.dictionary.d_in} neurons of the last MLP as {features.dictionary.d_sae:,} features: "
             f"{features.firings.l0:.1f} fire on a token, and with the reconstruction in their "
-            f"place {features.losses.recovered_zero:.1%} of what the MLP does to "
-            f"the loss is kept ({features.losses.recovered_mean:.1%} against its mean activation)."
+            f"place the loss is {features.losses.spliced - features.losses.clean:.3f} nats higher, which is "
+            f"{features.losses.recovered_zero:.1%} recovered of what it costs to set the neurons to zero."
         ),
         claims=[claim for step in steps for claim in step.claims],
         sections=[step.section for step in steps],

@@ -97,7 +97,7 @@ def dictionary_section(study: Study) -> Found:
         claim(
             "recovered",
             "The share of the loss recovered by the reconstruction, against activations at zero",
-            at_least(0.74),
+            at_least(study.config.recovered),
             lost.recovered_zero,
             source=f"{_BRICKEN} (79 %); {_HOME}",
             note=f"{lost.clean:.3f} as it is, {lost.spliced:.3f} reconstructed, {lost.zero:.3f} at zero",
@@ -105,8 +105,8 @@ def dictionary_section(study: Study) -> Found:
         claim("l0", "Features that fire on a token", at_most(25), features.firings.l0, source=f"{_BRICKEN} (10 to 20)"),
         claim(
             "kept",
-            "Of what the model knows beyond token frequencies, the share that is kept. Zeros can cost more than all knowledge is worth",
-            at_least(0.74),
+            "Of what the model knows beyond token frequencies, the share that is kept (zeros can cost more than that)",
+            at_least(study.config.recovered),
             (unigram - lost.spliced) / (unigram - lost.clean),
             source=_OWN,
         ),
@@ -190,7 +190,7 @@ def specificity_section(study: Study) -> Found:
     cut = specificity(firings.strongest(n))
     kinds = {"features": study.specific[0], "neurons": study.specific[1], f"neurons, strongest {n} firings": cut}
     claims = [
-        _more_specific(study.specific[0], other, name, words)
+        _more_specific(study.specific[0], other, name, words, study.config.specific)
         for name, other, words in (
             ("specific", study.specific[1], "A feature's activation is on fewer tokens than a neuron's"),
             ("specific_cut", cut, f"… also than that of a neuron whose {n} strongest firings alone are kept"),
@@ -229,13 +229,13 @@ def _better(one: Specificity, other: Specificity, proxy: str) -> float:
     return chance_greater(sign * getattr(one, proxy), sign * getattr(other, proxy))
 
 
-def _more_specific(features: Specificity, other: Specificity, name: str, words: str) -> Claim:
+def _more_specific(features: Specificity, other: Specificity, name: str, words: str, least: float) -> Claim:
     none = not len(features.latents) or not len(other.latents)
     chance = None if none else _better(features, other, "entropy")
     return claim(
         name,
         f"{words} (chance that a random one has less entropy)",
-        at_least(0.6),
+        at_least(least),
         chance,
         unless=f"no latent fires {TOP} times in this text" if none else "",
         source=_OWN,

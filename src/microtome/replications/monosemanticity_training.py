@@ -39,7 +39,8 @@ class MonosemanticityConfig:
     dictionary that is there is looked at and none is trained: give its model too, and text that it has not seen.
 
     Losses are measured on `loss_tokens` held-out tokens, everything else on `table_tokens` of them. `compared` features and as
-    many neurons go into the blind comparison, `shown` features into `features.md`. `runs` is the folder in which what was trained
+    many neurons go into the blind comparison, `shown` features into `features.md`. `recovered` and `specific` are what the claims
+    on the loss and on features against neurons ask for. `runs` is the folder in which what was trained
     is kept (None: a temporary one); with `sheets`, the comparison and `features.md` are written to that folder.
     """
 
@@ -65,6 +66,8 @@ class MonosemanticityConfig:
     loss_tokens: int = 32_768
     table_tokens: int = 131_072
     compared: int = 40
+    recovered: float = 0.74
+    specific: float = 0.6
     shown: int = 24
     device: str = "auto"
     runs: str | None = None

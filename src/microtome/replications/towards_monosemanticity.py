@@ -119,6 +119,8 @@ REPLICATION = Replication(
         loss_tokens=2048,
         table_tokens=8192,
         compared=4,
+        recovered=0.6,
+        specific=0.5,
         shown=4,
         device="cpu",
     ),

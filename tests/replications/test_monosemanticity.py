@@ -26,6 +26,7 @@ from microtome.replications.monosemanticity_measures import (
     losses,
     neurons_as_dictionary,
 )
+from microtome.replications.monosemanticity_report import unigram_loss
 from microtome.replications.monosemanticity_tables import (
     TOP,
     Contexts,
@@ -34,7 +35,7 @@ from microtome.replications.monosemanticity_tables import (
     specificity,
     strings_of,
 )
-from microtome.replications.monosemanticity_training import MonosemanticityConfig
+from microtome.replications.monosemanticity_training import MonosemanticityConfig, Subject
 from microtome.replications.towards_monosemanticity import REPLICATION
 from microtome.text import TokenDataset
 from microtome.text.strings import TokenStrings
@@ -317,6 +318,15 @@ def test_the_whole_of_it_is_found_again_and_writes_its_sheets(tmp_path: Path) ->
     again: Report = mt.replicate("towards_monosemanticity", preset="smoke", **{**changed, "runs": settings["runs"]})
     assert [c.measured for c in again.claims] == [c.measured for c in report.claims]
     assert made == {f: f.stat().st_mtime_ns for f in (tmp_path / "runs").rglob("*.safetensors")}
+
+
+def test_the_loss_of_token_frequencies(tiny_llama: HookedModel, sae: Dictionary, tiny_dataset: TokenDataset) -> None:
+    data, held_out = tiny_dataset.split(0.8)
+    counts = Counter(data.tokens.reshape(-1).tolist())
+    total = sum(counts.values()) + tiny_llama.config.d_vocab
+    text = [token for token in held_out.tokens.reshape(-1).tolist() if token not in held_out.special_ids]
+    expected = -sum(math.log((counts[token] + 1) / total) for token in text) / len(text)
+    assert unigram_loss(Subject(tiny_llama, HOOK, sae, data, held_out)) == pytest.approx(expected)
 
 
 def test_settings_that_cannot_be() -> None:

@@ -69,11 +69,8 @@ SURFACE = {
         *(
             "out",
             "store",
-            "hook",
-            "d_sae",
-            "k",
-            "aux_k",
-            "dead_after",
+            *("hook", "output_hook", "per_layer", "cross_layer", "architecture", "d_sae", "k", "coefficient"),
+            *("target_l0", "revival", "aux_k", "dead_after", "set", "sweep", "configs"),
             "train_tokens",
             "batch_size",
             "buffer_size",

@@ -21,7 +21,7 @@ from microtome.common.errors import ConfigError, InputError
 from microtome.dictionary.config import DictionaryConfig, JumpReLUConfig, PenaltyConfig
 from microtome.dictionary.trainer import TrainConfig, Trainer
 
-P = TypeVar("P", bound=PenaltyConfig)
+P = TypeVar("P", bound=DictionaryConfig)
 _MEASURED_BATCHES = 4
 _FEWEST_STEPS = 100
 _LEAST = 1e-3  # L0 below this counts as this
@@ -42,7 +42,9 @@ class SearchConfig:
         require(0 < self.share <= 1, "share must be in (0, 1]", got=self.share)
         rising = all(a < b for a, b in itertools.pairwise(self.factors))
         require(
-            len(self.factors) > 1 and self.factors[0] > 0 and rising, "factors must be positive and rise", got=self.factors
+            len(self.factors) > 1 and self.factors[0] > 0 and rising,
+            "factors must be positive and rise",
+            got=self.factors,
         )
         require(self.rounds > 0, "rounds must be positive", got=self.rounds)
         require(self.closer >= 0, "closer must not be negative", got=self.closer)
@@ -71,6 +73,7 @@ def search_coefficient(
     """
     config, search = config or TrainConfig(), search or SearchConfig()
     _check(dictionary, target_l0)
+    assert isinstance(dictionary, PenaltyConfig)
     center = dictionary.coefficient or _usual(dictionary)
     trials: list[Trial] = []
     for _ in range(search.rounds):
@@ -136,7 +139,7 @@ def interpolate(trials: Sequence[Trial], target_l0: float) -> float:
 
 
 def _between(a: float, b: float, share: float) -> float:
-    return a * (b / a) ** share
+    return float(a * (b / a) ** share)
 
 
 def _sorted(trials: Sequence[Trial]) -> list[Trial]:
@@ -157,10 +160,14 @@ def _check(dictionary: DictionaryConfig, target_l0: float) -> None:
         )
     if isinstance(dictionary, JumpReLUConfig) and dictionary.sparsity == "quadratic":
         raise ConfigError(
-            "The sparsity 'quadratic' has a target of its own", fix="Set its target_l0, or use sparsity 'step' or 'tanh'"
+            "The sparsity 'quadratic' has a target of its own",
+            fix="Set its target_l0, or use sparsity 'step' or 'tanh'",
         )
     require(
-        0 < target_l0 <= dictionary.d_sae, "target_l0 must be between 0 and d_sae", got=target_l0, expected=dictionary.d_sae
+        0 < target_l0 <= dictionary.d_sae,
+        "target_l0 must be between 0 and d_sae",
+        got=target_l0,
+        expected=dictionary.d_sae,
     )
 
 
@@ -172,5 +179,8 @@ def _out_of_reach(trials: Sequence[Trial], target_l0: float) -> InputError:
     else:
         fix = "Choose a larger L0; where λ no longer moves it, other settings do (a longer training, JumpReLU's bandwidth)"
     return InputError(
-        f"No coefficient gives an L0 of {target_l0:g}", got=found, expected=f"a target from {least:.4g} to {most:.4g}", fix=fix
+        f"No coefficient gives an L0 of {target_l0:g}",
+        got=found,
+        expected=f"a target from {least:.4g} to {most:.4g}",
+        fix=fix,
     )

@@ -23,13 +23,13 @@ from microtome.dictionary.trainer import TrainConfig, Trainer
 
 P = TypeVar("P", bound=DictionaryConfig)
 _MEASURED_BATCHES = 4
-_FEWEST_STEPS = 100
+_FEWEST_STEPS = 500  # a penalty needs hundreds of steps to silence latents, however short the training is
 _LEAST = 1e-3  # L0 below this counts as this
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How to search: `share` of the long training's tokens for each dictionary that is tried (but 100 steps at least),
+    """How to search: `share` of the long training's tokens for each dictionary that is tried (but 500 steps at least),
     in the first round the config's own coefficient times `factors`. While the target lies outside of what these give,
     they are moved along, `rounds` times at most; then `closer` dictionaries are tried between the two nearest."""
 

@@ -65,6 +65,13 @@ def test_a_sweep_is_all_combinations(run: Run, tmp_path: Path) -> None:
     assert len(set(prints)) == 4
 
 
+def test_lambda_is_found_for_a_wanted_l0(run: Run) -> None:
+    words = ("--hook", HOOK, "--architecture", "standard", "--train-tokens", "12800", "--lr", "0.003", "--overwrite")
+    usual, found = run(*words), run(*words, "--target-l0", "6")
+    assert found["coefficient"] != usual["coefficient"] == 5.0
+    assert abs(found["training_l0"] - 6) < abs(usual["training_l0"] - 6)
+
+
 def test_a_file_of_settings(run: Run, tmp_path: Path) -> None:
     shared = {"d_sae": 40, "inputs": [HOOK]}
     settings = [
@@ -95,6 +102,7 @@ def test_transcoders_and_crosscoders(run: Run, tmp_path: Path) -> None:
         (("--hook", HOOK, "--sweep", "k=2,99"), "k must be"),
         (("--hook", "blocks.1.hook_resid_pree"), HOOK),
         (("--hook", HOOK, OTHER, "--output-hook", MLP_OUT, "--per-layer"), "output for each input"),
+        (("--hook", HOOK, "--target-l0", "6"), "Set k"),
         ((), "several hook points"),
         (("--configs", "nowhere.json"), "no file"),
         (("--hook", HOOK, "--architecture", "jumprelu", "--set", "sparsity=quadratic"), "target_l0"),

@@ -43,7 +43,8 @@ def shaken(made: M, seed: int = 0) -> M:
 
 def made_of(name: str, **more: object) -> Dictionary:
     """One of each kind, by the architecture that it is written with."""
-    number, other, plain = torch.ones(20), torch.ones(20), {"center": False}
+    number, other = torch.ones(20), torch.ones(20)
+    plain: dict[str, object] = {"center": False}
     skip = {**plain, "skip": True, "d_out": 6, "origin": ACROSS}
     kinds: dict[str, tuple[Activation, dict[str, object]]] = {
         "standard": (ReLU(), {}),

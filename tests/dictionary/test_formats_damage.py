@@ -25,10 +25,10 @@ def copy(name: str, to: Path) -> Path:
     return to / Path(name).name
 
 
-def change_cfg(folder: Path, file: str = "cfg.json", **values: object) -> None:
-    cfg = json.loads((folder / file).read_text())
+def change_cfg(folder: Path, name: str = "cfg.json", /, **values: object) -> None:
+    cfg = json.loads((folder / name).read_text())
     kept = {key: value for key, value in {**cfg, **values}.items() if value != "gone"}
-    (folder / file).write_text(json.dumps(kept))
+    (folder / name).write_text(json.dumps(kept))
 
 
 def change_weights(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -61,7 +61,7 @@ def change_weights(file: Path, change: Callable[[dict[str, Tensor]], object]) ->
 )
 def test_saelens_configs(name: str, values: dict[str, object], message: str, tmp_path: Path) -> None:
     folder = copy(f"saelens/{name}", tmp_path)
-    change_cfg(folder, **values)
+    change_cfg(folder, "cfg.json", **values)
     with pytest.raises(ArtifactError, match=message):
         load_dictionary(folder)
 
@@ -230,7 +230,7 @@ def test_dictionary_learning_configs(values: dict[str, object], message: str, tm
 )
 def test_sparsify_configs(values: dict[str, object], message: str, tmp_path: Path) -> None:
     folder = copy("sparsify/layers.3", tmp_path)
-    change_cfg(folder, **values)
+    change_cfg(folder, "cfg.json", **values)
     with pytest.raises(ArtifactError, match=message):
         load_dictionary(folder)
 

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from microtome.common.artifacts import atomic_file
 from microtome.common.progress import Progress
+from microtome.dictionary import Dictionary
 from microtome.model import HookedModel
 from microtome.replications.frame import Replication
 from microtome.replications.monosemanticity_blind import comparison
@@ -42,7 +43,8 @@ def run(config: MonosemanticityConfig, model: HookedModel | None, progress: Prog
     steps = [model_section(study), dictionary_section(study), specificity_section(study), feature_section(study)]
     features = study.features
     about = {
-        "model": {"name": "trained here" if model is None else model.name, "hook_name": study.subject.hook_name},
+        "hook_name": study.subject.hook_name,
+        "trained here": model is None,
         "parameters": sum(p.numel() for p in study.subject.model.hf.parameters()),
         "dictionary": {"d_sae": features.dictionary.d_sae, "fingerprint": features.dictionary.fingerprint},
     }
@@ -62,16 +64,18 @@ def run(config: MonosemanticityConfig, model: HookedModel | None, progress: Prog
 
 def studied(config: MonosemanticityConfig, subject: Subject, progress: Progress) -> Study:
     """Features and neurons, each measured in the same way."""
-    signed = goes_below_zero(subject.model, subject.hook_name, subject.held_out)
-    neurons = neurons_as_dictionary(subject.model, subject.hook_name, signed=signed)
-    kinds: list[Kind] = []
-    for name, dictionary in (("feature", subject.dictionary), ("neuron", neurons)):
-        firings = collect(subject.model, dictionary, subject.held_out, config.table_tokens)
-        lost = losses(subject.model, dictionary, subject.held_out, config.loss_tokens)
-        kinds.append(Kind(name, dictionary, firings, lost))
+    model, held_out = subject.model, subject.held_out
+
+    def measured(name: str, dictionary: Dictionary) -> Kind:
+        firings = collect(model, dictionary, held_out, config.table_tokens)
+        lost = losses(model, dictionary, held_out, config.loss_tokens)
         progress.advance(1, f"{name}s")
-    first, second = kinds
-    return Study(config, subject, first, second, tuple(specificity(kind.firings) for kind in kinds))
+        return Kind(name, dictionary, firings, lost)
+
+    features = measured("feature", subject.dictionary)
+    signed = goes_below_zero(model, subject.hook_name, held_out)
+    neurons = measured("neuron", neurons_as_dictionary(model, subject.hook_name, signed=signed))
+    return Study(config, subject, features, neurons, (specificity(features.firings), specificity(neurons.firings)))
 
 
 def write_sheets(study: Study, folder: Path) -> None:

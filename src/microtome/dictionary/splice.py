@@ -18,6 +18,7 @@ from microtome.dictionary.moments import UnitSums
 from microtome.dictionary.surface import Read, SparseDictionary, points
 from microtome.model import HookedModel
 from microtome.model.hook_point import HookFn, HookPoint
+from microtome.model.prompts import Prompts
 
 Outputs = tuple[str, ...]
 ABLATIONS = ("zero", "mean")
@@ -29,19 +30,20 @@ FIGURES = (
 
 def spliced(
     model: HookedModel,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Int[Tensor, "batch pos"] | Prompts,
     outputs: Outputs,
     y: Float[Tensor, "*batch_pos d_out"],
     where: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits with `y` (one vector for all, or one for each position) at the points `outputs` wherever `where` holds."""
-    widths = [_width(model, tokens, name) for name in outputs] if len(outputs) > 1 else [y.shape[-1]]
-    parts = dict(zip(outputs, y.expand(*tokens.shape, -1).split(widths, -1), strict=True))
+    widths = [width_at(model, name) for name in outputs] if len(outputs) > 1 else [y.shape[-1]]
+    parts = dict(zip(outputs, y.expand(*where.shape, -1).split(widths, -1), strict=True))
     return model.run_with_hooks(tokens, [(name, _replacing(part, where)) for name, part in parts.items()])
 
 
-def _width(model: HookedModel, tokens: Tensor, name: str) -> int:
-    return model.activations(tokens[:1, :1], name)[name][0, 0].numel()
+def width_at(model: HookedModel, name: str) -> int:
+    """The width of a hook point, heads flattened."""
+    return model.activations(torch.zeros(1, 1, dtype=torch.long), name)[name][0, 0].numel()
 
 
 def _replacing(part: Float[Tensor, "batch pos d"], where: Bool[Tensor, "batch pos"]) -> HookFn:

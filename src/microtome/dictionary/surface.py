@@ -43,7 +43,9 @@ class Read:
     activations: ActivationCache
 
     @classmethod
-    def of(cls, model: HookedModel, tokens: Int[Tensor, "batch pos"], dictionaries: Iterable[SparseDictionary]) -> "Read":
+    def of(
+        cls, model: HookedModel, tokens: Int[Tensor, "batch pos"], dictionaries: Iterable[SparseDictionary]
+    ) -> "Read":
         """Run the model up to the deepest point of all dictionaries."""
         return cls(model.activations(tokens, points(dictionaries)))
 

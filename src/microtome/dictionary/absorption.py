@@ -130,14 +130,15 @@ def absorbed_letters(
             says = probes.says(words.y)[:, i]
             tested = ~train & labels & says
             absorbed = absorbed_words(words, tested, probe_direction(probes, i), split)
-            values = (
-                len(split),
-                absorbed.fraction.mean(),
-                absorbed.full.double().mean(),
-                f1(says[~train], labels[~train]),
-            )
-            for name, value in zip(names, (*values, sparse_f1), strict=True):
-                found[name][row, i] = float(value)
+            figures = {
+                "splits": float(len(split)),
+                "fraction": float(absorbed.fraction.mean()),
+                "full": float(absorbed.full.double().mean()),
+                "probe_f1": f1(says[~train], labels[~train]),
+                "sparse_f1": sparse_f1,
+            }
+            for name, value in figures.items():
+                found[name][row, i] = value
             if row == 0:
                 split_of[i], full_by[i] = tuple(split.tolist()), absorbed.most_frequent
     means = {name: values.nanmean(0) for name, values in found.items()}

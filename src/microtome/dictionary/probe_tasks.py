@@ -95,7 +95,7 @@ _SUBJECTS = {
         "The last scene",
     ),
 }
-_JUDGED = ("{} was {}.", "{} was really {}, we all said.", "I found that {} was {}.")
+_JUDGED = ("{} was {}.", "{} was really {}, we all said.", "{} was {}, as I found.")
 _ASKED = (
     "Do you know {}?",
     "Have you thought about {}?",

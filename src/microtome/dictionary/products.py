@@ -1,12 +1,10 @@
-"""The sparse products of training.
+"""The sparse products of training, on entries that are listed row by row.
 
-Shape legend: n activations (rows), k latents kept per row, F = d_sae latents, d = d_in. With k ≪ F only the encoder's
-product over all latents is dense. Everything else works on the n·k kept entries:
+Entry e belongs to column `columns[e]`; the entries of row i are `starts[i] … starts[i + 1] − 1`.
 
-- `decode`            x̂ = f W_dec                     a weighted sum of k decoder rows
-- `sampled_products`  (x Wᵀ) at the kept entries       exact fp32 values where the selection was made in bf16; gradients
-  of f
-- `CodeTranspose`     fᵀ g                             the gradients of both weights, [F, d]
+- `weighted_sums`     each row's weighted sum of weight rows               x̂ = f W_dec
+- `sampled_products`  each entry's product of its row and its column       x Wᵀ where it is wanted, gradients of f
+- `Transpose`         the same entries column by column                    fᵀ g, the gradients of both weights
 """
 
 import functools
@@ -18,56 +16,44 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def decode(
-    indices: Int[Tensor, "n k"], values: Float[Tensor, "n k"], W_dec: Float[Tensor, "d_sae d"]
-) -> Float[Tensor, "n d"]:
-    """Each row's weighted sum of its k decoder rows."""
-    return functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
+def weighted_sums(
+    columns: Int[Tensor, " m"],
+    starts: Int[Tensor, " rows_and_one"],
+    values: Float[Tensor, " m"],
+    weight: Float[Tensor, "columns d"],
+) -> Float[Tensor, "rows d"]:
+    """Each row's sum of its entries' values times their columns' rows of `weight`."""
+    return functional.embedding_bag(
+        columns, weight, starts.to(columns.dtype), per_sample_weights=values, mode="sum", include_last_offset=True
+    )
 
 
 def sampled_products(
-    indices: Int[Tensor, "n k"], x: Float[Tensor, "n d"], weight: Float[Tensor, "d_sae d"]
-) -> Float[Tensor, "n k"]:
-    """x · weightᵀ at the given entries only."""
-    pattern = _csr(indices, x.new_zeros(indices.numel()), len(weight))
-    products: Tensor = torch.sparse.sampled_addmm(pattern, x, weight.T, beta=0.0).values()
-    return products.view_as(indices)
-
-
-class CodeTranspose:
-    """The kept entries sorted by latent, so that fᵀ g is one sparse product. Sorting once serves both weight
-    gradients."""
-
-    def __init__(self, indices: Int[Tensor, "n k"], d_sae: int) -> None:
-        n, k = indices.shape
-        self.n, self.d_sae = n, d_sae
-        latents, self.order = torch.sort(indices.reshape(-1).int(), stable=True)
-        self.rows = (self.order // k).int()
-        counts = torch.bincount(latents, minlength=d_sae)
-        self.starts = functional.pad(counts.cumsum(0), (1, 0)).int()
-
-    def times(self, values: Float[Tensor, "n k"], g: Float[Tensor, "n d"]) -> Float[Tensor, "d_sae d"]:
-        """fᵀ g for the codes with these values."""
-        return _csr_tensor(self.starts, self.rows, values.reshape(-1)[self.order], (self.d_sae, self.n)) @ g
-
-
-def latent_sums(indices: Int[Tensor, "n k"], values: Float[Tensor, "n k"], d_sae: int) -> Float[Tensor, " d_sae"]:
-    """The sum of each latent's values over all rows."""
-    return values.new_zeros(d_sae).index_add_(0, indices.reshape(-1), values.reshape(-1))
-
-
-def _csr(indices: Int[Tensor, "n k"], values: Float[Tensor, " nk"], d_sae: int) -> Tensor:
-    n, k = indices.shape
-    starts = torch.arange(0, n * k + 1, k, dtype=torch.int32, device=indices.device)
-    return _csr_tensor(starts, indices.reshape(-1).int(), values, (n, d_sae))
-
-
-def _csr_tensor(
-    starts: Int[Tensor, " starts"], columns: Int[Tensor, " nk"], values: Float[Tensor, " nk"], shape: tuple[int, int]
-) -> Tensor:
-    """A CSR matrix of indices that are right by construction."""
+    columns: Int[Tensor, " m"],
+    starts: Int[Tensor, " rows_and_one"],
+    x: Float[Tensor, "rows d"],
+    weight: Float[Tensor, "columns d"],
+) -> Float[Tensor, " m"]:
+    """x · weightᵀ at the entries only."""
     _take_the_notice()
-    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+    pattern = torch.sparse_csr_tensor(
+        starts.int(), columns.int(), x.new_zeros(len(columns)), (len(x), len(weight)), check_invariants=False
+    )
+    values: Tensor = torch.sparse.sampled_addmm(pattern, x, weight.T, beta=0.0).values()
+    return values
+
+
+class Transpose:
+    """The entries sorted by column, given the row of each."""
+
+    def __init__(self, columns: Int[Tensor, " m"], rows: Int[Tensor, " m"], n_columns: int) -> None:
+        found, self.order = torch.sort(columns.int(), stable=True)
+        self.rows = rows[self.order]
+        self.starts = functional.pad(torch.bincount(found, minlength=n_columns).cumsum(0), (1, 0))
+
+    def times(self, values: Float[Tensor, " m"], g: Float[Tensor, "rows d"]) -> Float[Tensor, "columns d"]:
+        """fᵀ g for the codes with these values."""
+        return weighted_sums(self.rows, self.starts, values[self.order], g)
 
 
 @functools.cache

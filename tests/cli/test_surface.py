@@ -87,7 +87,10 @@ SURFACE = {
         *("normalization", "activation", "tied", "steps", "batch_size", "lr", "warmup_steps", "weight_decay"),
         *("checkpoint_every", "seed", "dtype", "device", "overwrite"),
     ],
-    "evaluate": [*TEXT, "dictionary", "n_tokens", "function_tokens", "out"],
+    "evaluate": [
+        *(*TEXT, "dictionary", "n_tokens", "function_tokens", "metrics", "probe_data", "entity_data", "out"),
+    ],
+    "compare": [*TEXT, "dictionaries", "n_tokens", "function_tokens", "similarity", "out"],
     "index": [*TEXT, "dictionary", "out", "store", "top", "bands", "per_band", "window", "seed", "overwrite"],
     "serve": ["index", "host", "port", "open", "no_model", "allow_host"],
     "replicate": ["name", "list", "smoke", *MODEL, "report", "seed", "set", "strict"],

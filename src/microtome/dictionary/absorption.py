@@ -132,7 +132,7 @@ def absorbed_letters(
             absorbed = absorbed_words(words, tested, probe_direction(probes, i), split)
             figures = {
                 "splits": float(len(split)),
-                "fraction": float(absorbed.fraction.mean()),
+                "fraction": float(absorbed.fraction.double().mean()),
                 "full": float(absorbed.full.double().mean()),
                 "probe_f1": f1(says[~train], labels[~train]),
                 "sparse_f1": sparse_f1,

@@ -217,7 +217,8 @@ class _Exchange:
             counts = counts & (other[base] != other[source])
         wanted = ask.value[source if target == about else base]
         found = torch.full((len(pairs),), torch.nan)
-        for part in counts.nonzero()[:, 0].split(self.rows):
+        counted = counts.nonzero()[:, 0]
+        for part in counted.split(self.rows) if len(counted) else ():
             says = self._run(target, about, count, base[part], source[part])
             found[part] = (says == wanted[part]).float()
         self.bar.advance(len(pairs))

@@ -15,18 +15,16 @@ from microtome.model import HookedModel
 from .handmade import perfect_dictionary
 
 NAMES = tuple("abcdefghijklm")
-PROMPTS = {"first": "On the {entity} on", "second": "walked {entity} dog and"}
+PROMPTS = {"first": "On the ={entity} on", "second": "walked ={entity} dog and"}
 EMBEDDING = Origin(model_name="tiny-llama", inputs=("blocks.0.hook_resid_pre",))
 
 
 @pytest.fixture(scope="module")
 def answered(tiny_llama: HookedModel) -> Entities:
     """Entities whose values are what the tiny model says of them, among two words of one token each."""
-    words = [tiny_llama.to_string(torch.tensor([i])) for i in range(2, 320)]
+    words = [str(tiny_llama.to_string(torch.tensor([i]))) for i in range(2, 320)]
     single = [
-        str(w)
-        for w in words
-        if w[:1] == " " and w[1:].isalpha() and len(tiny_llama.to_tokens(w, prepend_bos=False)[0]) == 1
+        w for w in words if w[:1] == " " and w[1:].isalpha() and len(tiny_llama.to_tokens(w, prepend_bos=False)[0]) == 1
     ]
     values: dict[str, dict[str, str]] = {name: {} for name in NAMES}
     for attribute, prompt in PROMPTS.items():

@@ -28,9 +28,9 @@ ORIGINS = {
 }
 
 
-def random_at(origin: Origin, d_in: int, d_out: int, **options: bool) -> Dictionary:
+def random_at(origin: Origin, d_in: int, d_out: int, *, center: bool = True, skip: bool = False) -> Dictionary:
     generator = torch.Generator().manual_seed(1)
-    sae = Dictionary(d_in, 50, TopK(4), origin=origin, d_out=d_out, **options)
+    sae = Dictionary(d_in, 50, TopK(4), origin=origin, d_out=d_out, center=center, skip=skip)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)

@@ -136,7 +136,11 @@ def _removed(texts: EncodedTexts, wanted: int, spurious: int, counts: Sequence[i
     accuracy = {name: float((values.sum(1) / tested.sum(1)).mean()) for name, values in right.items()}
     gap = right["clean"] - right["biased"]
     enough = accuracy["clean"] - accuracy["biased"] >= _LEAST_GAP
-    scores = {str(count): Estimate.of_ratio(right[str(count)] - right["biased"], gap) for count in counts}
+    # Summed over seeds first: the gap of one seed alone may be nothing.
+    scores = {
+        str(count): Estimate.of_ratio((right[str(count)] - right["biased"]).sum(0)[None], gap.sum(0)[None])
+        for count in counts
+    }
     return Removed(
         task=texts.name,
         wanted=texts.attributes[wanted],

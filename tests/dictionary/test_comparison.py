@@ -7,6 +7,7 @@ import pytest
 from microtome.common.errors import InputError
 from microtome.dictionary import EvaluateConfig, compare, evaluate
 from microtome.dictionary.comparison import COLUMNS, _fronts
+from microtome.dictionary.measures import finite
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
 
@@ -55,3 +56,10 @@ def test_nothing_and_equal_names_are_refused(tiny_llama: HookedModel, tiny_datas
         compare(tiny_llama, [], tiny_dataset)
     with pytest.raises(InputError, match="a name of its own"):
         compare(tiny_llama, [sae, sae], tiny_dataset, names=["x", "x"])
+
+
+def test_what_is_no_number_is_null_in_json() -> None:
+    assert finite({"a": [1.5, float("nan")], "b": {"c": float("inf"), "d": "x"}}) == {
+        "a": [1.5, None],
+        "b": {"c": None, "d": "x"},
+    }

@@ -35,6 +35,7 @@ def run(options: Options) -> dict[str, Any]:
     from microtome.common.artifacts import write_json
     from microtome.common.config import to_dict
     from microtome.dictionary import EvaluateConfig, compare, load_dictionary
+    from microtome.dictionary.measures import finite
 
     config = EvaluateConfig(n_tokens=options.n_tokens, function_tokens=options.function_tokens)
     opened = [load_dictionary(path) for path in options.dictionaries]
@@ -48,7 +49,7 @@ def run(options: Options) -> dict[str, Any]:
         "similarities": [
             {"first": first, "second": second, **to_dict(one)} for (first, second), one in found.similarities.items()
         ],
-        "evaluations": {row.name: to_dict(row.evaluation) for row in found.rows},
+        "evaluations": {row.name: finite(to_dict(row.evaluation)) for row in found.rows},
         "notes": [f"{row.name}: {note}" for row in found.rows for note in row.evaluation.notes],
     }
     if options.out is None:

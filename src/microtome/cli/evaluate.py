@@ -39,7 +39,7 @@ def run(options: Options) -> dict[str, Any]:
     from microtome.common.artifacts import write_json
     from microtome.common.config import to_dict
     from microtome.dictionary import EvaluateConfig, evaluate, load_dictionary
-    from microtome.dictionary.measures import Measures, check_names
+    from microtome.dictionary.measures import Measures, check_names, finite
 
     check_names(options.metrics)
     config = EvaluateConfig(n_tokens=options.n_tokens, function_tokens=options.function_tokens)
@@ -51,7 +51,7 @@ def run(options: Options) -> dict[str, Any]:
     if "core" in options.metrics:
         dataset = options.load_tokens(model, options.dictionary)
         evaluation = evaluate(model, sae, dataset, config)
-        figures = {**to_dict(evaluation), "notes": list(evaluation.notes)}
+        figures = finite({**to_dict(evaluation), "notes": list(evaluation.notes)})
         about = {"dataset": dataset.config["corpus"], "part": options.part, **about}
     figures |= Measures(model, sae, options.probe_data, options.entity_data).run(options.metrics)
     beside = options.dictionary if options.dictionary.is_dir() else Path(f"{options.dictionary.name}-metrics")
@@ -66,7 +66,11 @@ def show(result: dict[str, Any]) -> str:
     hidden = ("density_edges", "density_counts", "intervals", "points", *_SHOWN)
     rows = [lines({key: value for key, value in result.items() if key not in hidden})]
     intervals = result.get("intervals", {})
-    rows += [f"{name.replace('_', ' ')}: 95 % {low:.4g} to {high:.4g}" for name, (low, high) in intervals.items()]
+    rows += [
+        f"{name.replace('_', ' ')}: 95 % {low:.4g} to {high:.4g}"
+        for name, (low, high) in intervals.items()
+        if None not in (low, high)
+    ]
     if len(result.get("points", ())) > 1:
         rows += [f"{point['name']}: FVU {point['fvu']:.4g}" for point in result["points"]]
     for name, shown in _SHOWN.items():
@@ -76,7 +80,9 @@ def show(result: dict[str, Any]) -> str:
 
 
 def _estimate(figure: Mapping[str, Any] | None) -> str:
-    return "–" if figure is None else f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+    if figure is None or figure["value"] is None:
+        return "–"
+    return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
 
 
 def _geometry(found: Mapping[str, Any]) -> list[str]:

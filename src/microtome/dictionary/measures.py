@@ -1,6 +1,7 @@
 """The measurements beside `evaluate`, by name, as the command asks for them; texts are encoded once for all that read
 them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,7 +45,7 @@ class Measures:
             "tpp": lambda: [to_dict(one) for one in tpp(self.encoded)],
             "ravel": lambda: to_dict(disentanglement(self.model, self.dictionary, self._entities)),
         }
-        return {name: makers[name]() for name in names if name in makers}
+        return {name: finite(makers[name]()) for name in names if name in makers}
 
     @cached_property
     def encoded(self) -> list[EncodedTexts]:
@@ -55,6 +56,15 @@ class Measures:
     @property
     def _entities(self) -> Entities | None:
         return None if self.entity_data is None else read_entities(self.entity_data)
+
+
+def finite(value: Any) -> Any:
+    """Plain values with None for numbers that are none (a letter without a word to test, say): JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -74,7 +74,7 @@ def absorption(
     *,
     task: FirstLetters | None = None,
     seeds: Sequence[int] = SEEDS,
-    per_letter: int = 40,
+    per_letter: int = 100,
     spell: int = 100,
 ) -> Absorption:
     """Splitting and absorption of a dictionary. `task` (else words drawn from the vocabulary, `per_letter` of each letter);

@@ -27,7 +27,7 @@ class FirstLetters:
 
 
 def first_letters(
-    model: HookedModel, *, per_letter: int = 40, least: int = 12, shots: int = 4, seed: int = 0
+    model: HookedModel, *, per_letter: int = 100, least: int = 12, shots: int = 4, seed: int = 0
 ) -> FirstLetters:
     """Up to `per_letter` words of each letter that begins at least `least`, drawn from the tokenizer's vocabulary, each behind
     `shots` other words with their letters.

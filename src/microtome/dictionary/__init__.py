@@ -14,11 +14,18 @@ from microtome.dictionary.config import (
     TopKConfig,
     parse_config,
 )
+from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary, Origin
 from microtome.dictionary.disentanglement import Disentanglement, disentanglement
 from microtome.dictionary.entities import Entities, cities, read_entities
 from microtome.dictionary.evaluate import EvaluateConfig, Evaluation, evaluate, evaluate_all
-from microtome.dictionary.formats import load_dictionary, save_dictionary
+from microtome.dictionary.formats import (
+    load_cross_layer_transcoder,
+    load_dictionaries,
+    load_dictionary,
+    read_dictionary,
+    save_dictionary,
+)
 from microtome.dictionary.geometry import Geometry, geometry
 from microtome.dictionary.labelled import EncodedTexts, LabelledTexts, encode_texts, read_labelled
 from microtome.dictionary.letters import FirstLetters, first_letters
@@ -33,6 +40,7 @@ __all__ = [
     "Absorption",
     "BatchTopKConfig",
     "Comparison",
+    "CrossLayerTranscoder",
     "Dictionary",
     "DictionaryConfig",
     "Disentanglement",
@@ -65,9 +73,12 @@ __all__ = [
     "evaluate_all",
     "first_letters",
     "geometry",
+    "load_cross_layer_transcoder",
+    "load_dictionaries",
     "load_dictionary",
     "parse_config",
     "probing",
+    "read_dictionary",
     "read_entities",
     "read_labelled",
     "save_dictionary",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from microtome.common.errors import ConfigError, InputError
-from microtome.dictionary import Dictionary, EvaluateConfig, Origin, evaluate, evaluate_all
-from microtome.dictionary.activation import TopK
+from microtome.dictionary import CrossLayerTranscoder, Dictionary, EvaluateConfig, Origin, evaluate, evaluate_all
+from microtome.dictionary.activation import ReLU, TopK
 from microtome.dictionary.moments import UnitSums, units_of
 from microtome.dictionary.surface import decoder_rows
 from microtome.model import HookedModel
@@ -186,6 +186,49 @@ def test_a_wrong_scale_is_noted(tiny_llama: HookedModel, tiny_dataset: TokenData
     with torch.no_grad():
         sae.W_dec.mul_(10)
     assert "worse than the mean" in evaluate(tiny_llama, sae, tiny_dataset, SOME).notes[0]
+
+
+def cross_layer() -> CrossLayerTranscoder:
+    """Two layers that read the ends of two blocks and give the beginnings of the next ones, which are the same."""
+    origin = Origin(
+        model_name="tiny-llama",
+        inputs=("blocks.0.hook_resid_post", "blocks.1.hook_resid_post"),
+        outputs=(FIRST, SECOND),
+    )
+    clt = CrossLayerTranscoder(32, 64, ReLU(), origin=origin)
+    with torch.no_grad():
+        both = torch.cat([torch.eye(32), -torch.eye(32)])
+        for layer in range(2):
+            clt.encoder[layer].copy_(both)
+            clt.W_dec[layer][:, 0].copy_(both)
+    return clt.requires_grad_(False)
+
+
+def test_a_cross_layer_transcoder_is_measured_as_the_others(
+    tiny_llama: HookedModel, tiny_dataset: TokenDataset
+) -> None:
+    clt = cross_layer()
+    found = evaluate(tiny_llama, clt, tiny_dataset, SOME)
+    assert [point.name for point in found.points] == [FIRST, SECOND]
+    assert found.fvu == pytest.approx(0, abs=1e-9)
+    assert found.ce_recovered == pytest.approx(1, abs=1e-5)
+    with torch.no_grad():
+        clt.W_dec[0][:, 1].copy_(0.1 * clt.W_dec[0][:, 0])  # what the first layer adds to the second is too much
+    found = evaluate(tiny_llama, clt, tiny_dataset, SOME)
+    assert found.points[0].fvu == pytest.approx(0, abs=1e-9)
+    assert found.points[1].fvu > 1e-3
+
+
+def test_decoder_rows_of_a_cross_layer_transcoder_are_what_each_latent_writes() -> None:
+    clt = cross_layer()
+    with torch.no_grad():
+        clt.W_dec[0][:, 1].fill_(0.5)
+        clt.b_dec.fill_(3)
+    rows = decoder_rows(clt, chunk=50)
+    assert rows.shape == (128, 64)
+    torch.testing.assert_close(rows[:64], clt.W_dec[0].flatten(1))
+    torch.testing.assert_close(rows[64:, 32:], clt.W_dec[1][:, 0])
+    assert not rows[64:, :32].any()
 
 
 def test_decoder_rows_of_a_class_with_other_decoders_are_found_by_decoding() -> None:

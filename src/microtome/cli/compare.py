@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from microtome.cli.data import TextOptions
+from microtome.cli.evaluate import place
 from microtome.common.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class Options(TextOptions):
     """Measure several dictionaries on the same tokens: a table, and L0 against FVU and against CE recovered."""
 
-    dictionaries: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Their folders; released ones may be among them."""
+    dictionaries: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Their folders; demo, hf://… and release/id may be among them."""
     n_tokens: int = 131_072
     """Tokens for reconstruction figures."""
     function_tokens: int = 16_384
@@ -38,12 +39,11 @@ def run(options: Options) -> dict[str, Any]:
     from microtome.dictionary.measures import finite
 
     config = EvaluateConfig(n_tokens=options.n_tokens, function_tokens=options.function_tokens)
-    opened = [load_dictionary(path) for path in options.dictionaries]
+    opened = [load_dictionary(name) for name in options.dictionaries]
     model = options.load_model()
     dictionaries = [dictionary.to(model.device) for dictionary in opened]
-    dataset = options.load_tokens(model, options.dictionaries[0])
-    names = [str(path) for path in options.dictionaries]
-    found = compare(model, dictionaries, dataset, config, names=names, similarities=options.similarity)
+    dataset = options.load_tokens(model, place(options.dictionaries[0]))
+    found = compare(model, dictionaries, dataset, config, names=options.dictionaries, similarities=options.similarity)
     result: dict[str, Any] = {
         "table": found.table(),
         "similarities": [

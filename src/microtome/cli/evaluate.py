@@ -18,8 +18,8 @@ class Options(TextOptions):
     """Measure a dictionary: L0, FVU, CE and KL with it spliced in, dead and dense latents, the decoder's cosines; and, when
     asked for, sparse probing, absorption, SCR, TPP and disentanglement."""
 
-    dictionary: Annotated[Path, tyro.conf.Positional]
-    """The folder of the dictionary."""
+    dictionary: Annotated[str, tyro.conf.Positional]
+    """The folder of the dictionary, or whatever else names one: demo, hf://…, release/id."""
     n_tokens: int = 131_072
     """Tokens for reconstruction figures."""
     function_tokens: int = 16_384
@@ -31,7 +31,8 @@ class Options(TextOptions):
     entity_data: Path | None = None
     """JSONL with entities, their attributes and prompts, for ravel (else two dozen cities)."""
     out: Path | None = None
-    """Where to write the figures as JSON (default: metrics.json in the dictionary's folder)."""
+    """Where to write the figures as JSON (default: metrics.json in the dictionary's folder, NAME-metrics.json for one that is
+    in no folder here)."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -49,16 +50,22 @@ def run(options: Options) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     about: dict[str, Any] = {"model_dtype": str(model.dtype)}
     if "core" in options.metrics:
-        dataset = options.load_tokens(model, options.dictionary)
+        dataset = options.load_tokens(model, place(options.dictionary))
         evaluation = evaluate(model, sae, dataset, config)
         figures = finite({**to_dict(evaluation), "notes": list(evaluation.notes)})
         about = {"dataset": dataset.config["corpus"], "part": options.part, **about}
     figures |= Measures(model, sae, options.probe_data, options.entity_data).run(options.metrics)
-    beside = options.dictionary if options.dictionary.is_dir() else Path(f"{options.dictionary.name}-metrics")
-    out = options.out or beside / METRICS
+    here = place(options.dictionary)
+    out = options.out or (here / METRICS if here.is_dir() else here.with_name(f"{here.name}-{METRICS}"))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {**figures, **about})
     return {"out": str(out), **figures}
+
+
+def place(dictionary: str) -> Path:
+    """The dictionary's folder; for one that is in no folder here, its short name."""
+    path = Path(dictionary)
+    return path if path.is_dir() else Path(path.name)
 
 
 def show(result: dict[str, Any]) -> str:

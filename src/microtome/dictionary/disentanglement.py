@@ -238,8 +238,8 @@ class _Exchange:
 
 
 def attribute_latents(codes: Float[Tensor, "entity d_sae"], value: Int[Tensor, " entity"]) -> Int[Tensor, " d_sae"]:
-    """The latents whose codes tell the values apart, best first: by the variance between the values' means (weighted by their
-    numbers) that the latent has more than within them, times how far its code reaches."""
+    """The latents whose codes tell the values apart, best first: by the sum of squares between the values less that within
+    them, so a latent must be clear and also large to come first."""
     means = torch.stack([codes[value == v].mean(0) for v in value.unique().tolist()])
     number = torch.stack([(value == v).sum() for v in value.unique().tolist()])
     between = (number[:, None] * (means - codes.mean(0)).square()).sum(0)

@@ -20,6 +20,7 @@ from microtome.views.canvas import require_matplotlib
 
 # Each module holds one `REPLICATION`.
 REPLICATIONS = {
+    "towards_monosemanticity": "microtome.replications.towards_monosemanticity",
     "indirect_object_identification": "microtome.replications.indirect_object_identification",
     "sampling": "microtome.replications.sampling",
     "induction_circuit": "microtome.replications.induction_circuit",

@@ -6,7 +6,7 @@ time, as in the study of data-set double descent.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ Batch = Float[Tensor, "instance batch feature"]
 Magnitude = Literal["unit", "signed"]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where batches come from."""
 

@@ -8,7 +8,7 @@ gives p(1 − p) instead of p.)
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +21,7 @@ Density = Float[Tensor, "instance feature"]
 Fires = Bool[Tensor, "instance batch feature"]
 
 
+@runtime_checkable
 class Firing(Protocol):
     """A rule. `check` raises ConfigError for densities that the rule cannot keep; `__call__` draws `n` inputs."""
 

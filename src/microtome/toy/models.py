@@ -63,14 +63,14 @@ class ToyModel(nn.Module):
         std = (2 / (config.n_hidden + config.n_features)) ** 0.5
         rng = generator(config.seed, "toy model")
         self.W_in = nn.Parameter(torch.randn(shape, generator=rng) * std)
-        untied = None if config.tied else nn.Parameter(torch.randn(shape, generator=rng).transpose(1, 2) * std)
-        self.register_parameter("W_untied", untied)
+        self.W_untied: nn.Parameter | None = None
+        if not config.tied:
+            self.W_untied = nn.Parameter(torch.randn(shape, generator=rng).transpose(1, 2) * std)
         self.b = nn.Parameter(torch.zeros(config.n_instances, config.n_features))
 
     @property
     def W_out(self) -> Float[Tensor, "instance feature hidden"]:
-        untied: Tensor | None = self.get_parameter("W_untied") if not self.config.tied else None
-        return self.W_in.transpose(1, 2) if untied is None else untied
+        return self.W_in.transpose(1, 2) if self.W_untied is None else self.W_untied
 
     def encode(self, x: Float[Tensor, "instance batch feature"]) -> Float[Tensor, "instance batch hidden"]:
         """What the hidden layer holds. Raises InputError for a batch of other sizes."""
@@ -114,6 +114,6 @@ class ToyModel(nn.Module):
         """The model with its hidden space turned: W → OW. With a linear hidden layer the outputs stay the same."""
         turned = self.take(list(range(self.config.n_instances)))
         turned.W_in.copy_(rotation @ self.W_in)
-        if not self.config.tied:
-            turned.get_parameter("W_untied").copy_(self.W_out @ rotation.T)
+        if turned.W_untied is not None:
+            turned.W_untied.copy_(self.W_out @ rotation.T)
         return turned

@@ -34,7 +34,9 @@ def batch(n: int = 7, seed: int = 1) -> Tensor:
 def plain(model: ToyModel, name: str, i: int, x: list[float]) -> list[float]:
     """One input through one instance, number by number."""
     w_in, b = model.W_in[i].tolist(), model.b[i].tolist()
-    w_out = model.W_out[i].tolist() if name == "absolute value" else [list(column) for column in zip(*w_in, strict=True)]
+    w_out = (
+        model.W_out[i].tolist() if name == "absolute value" else [list(column) for column in zip(*w_in, strict=True)]
+    )
     h = [sum(w * v for w, v in zip(row, x, strict=True)) for row in w_in]
     if name in ("relu hidden", "absolute value"):
         h = [max(v, 0.0) for v in h]
@@ -53,7 +55,9 @@ def test_forward_equals_the_plain_loop(name: str) -> None:
 @pytest.mark.parametrize("importance", [None, [1.0, 0.5, 0.25, 2.0, 0.0], "per instance"], ids=str)
 def test_loss_weighs_squared_errors_by_importance(name: str, importance: Any) -> None:
     model, x = made(name), batch()
-    weights = torch.rand(2, 5, generator=torch.Generator().manual_seed(5)) if importance == "per instance" else importance
+    weights = (
+        torch.rand(2, 5, generator=torch.Generator().manual_seed(5)) if importance == "per instance" else importance
+    )
     tensor = None if weights is None else torch.as_tensor(weights).reshape(-1, 5)
     loss = model.loss(x, tensor).detach()
     for i in range(2):
@@ -88,7 +92,7 @@ def test_tied_models_have_one_matrix_and_untied_ones_two() -> None:
 def test_the_start_is_xaviers_and_the_seed_decides() -> None:
     config = ToyConfig(n_features=200, n_hidden=100, n_instances=4, seed=1)
     W = ToyModel(config).W_in
-    assert float(W.std()) == pytest.approx(math.sqrt(2 / 300), rel=0.02)
+    assert float(W.std().detach()) == pytest.approx(math.sqrt(2 / 300), rel=0.02)
     assert torch.equal(W, ToyModel(config).W_in)
     assert not torch.equal(W, ToyModel(replace(config, seed=2)).W_in)
 
@@ -161,7 +165,9 @@ def test_the_linear_model_finds_the_principal_components() -> None:
     model = ToyModel(ToyConfig(n_features=5, n_hidden=2, output="linear"))
     train_toy(model, Features(5, 1.0), TrainToyConfig(n_steps=3000, batch_size=512, lr=3e-3), importance=importance)
     with torch.no_grad():
-        loss = float(model.loss(Features(5, 1.0).sample(50_000, torch.Generator().manual_seed(0)), torch.tensor([importance])))
+        loss = float(
+            model.loss(Features(5, 1.0).sample(50_000, torch.Generator().manual_seed(0)), torch.tensor([importance]))
+        )
     assert loss == pytest.approx((0.5 + 0.3 + 0.1) / 12 / 5, rel=0.05)
     norms = model.W_in[0].square().sum(dim=0)
     assert torch.allclose(norms, torch.tensor([1.0, 1, 0, 0, 0]), atol=0.1)

@@ -44,7 +44,9 @@ def test_the_border_is_where_the_integrals_cross(ratio: float, expected: float) 
     def gain(density: float) -> float:
         """What superposition saves over the better of the two ways to drop a feature."""
         b = density / 2
-        apart = min(integrated(fixed([1, 0], [0, b]), density, ratio), integrated(fixed([0, 1], [b, 0]), density, ratio))
+        apart = min(
+            integrated(fixed([1, 0], [0, b]), density, ratio), integrated(fixed([0, 1], [b, 0]), density, ratio)
+        )
         return apart - integrated(fixed([1, -1], [0, 0]), density, ratio)
 
     low, high = 0.01, 0.99
@@ -78,7 +80,9 @@ def test_trained_models_lie_on_the_right_sides() -> None:
 
 
 def test_three_features_in_two_dimensions_are_in_order() -> None:
-    diagram = phase_diagram((1.0, 0.5, 0.2), (0.5, 2.0), n_hidden=2, seeds=2, train=TrainToyConfig(n_steps=3, batch_size=8))
+    diagram = phase_diagram(
+        (1.0, 0.5, 0.2), (0.5, 2.0), n_hidden=2, seeds=2, train=TrainToyConfig(n_steps=3, batch_size=8)
+    )
     assert diagram.W.shape == (3, 2, 2, 3)
     assert diagram.phases.shape == (3, 2)
     with pytest.raises(ConfigError, match="needs densities"):

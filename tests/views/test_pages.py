@@ -52,7 +52,13 @@ def opened(browser: Browser, html: str, folder: Path, *, theme: Theme = "light",
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_each_kind_is_drawn_without_complaint(name: str, theme: Theme, browser: Browser, tmp_path: Path) -> None:
     seen = opened(browser, EXAMPLES[name].html(), tmp_path, theme=theme)
-    marks = {"heatmap": "rect.pos", "diverging": "rect.neg", "patterns": "rect.pos", "lines": "path[stroke]", "bordered": "path.border"}
+    marks = {
+        "heatmap": "rect.pos",
+        "diverging": "rect.neg",
+        "patterns": "rect.pos",
+        "lines": "path[stroke]",
+        "bordered": "path.border",
+    }
     # Every number of the drawing is a number: one NaN in a coordinate and the browser says so, or draws nothing.
     assert "NaN" not in seen.page.locator("figure").inner_html()
     assert seen.page.locator(marks.get(name, "[fill^='var(--s']")).count() > 0

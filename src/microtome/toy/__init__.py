@@ -56,20 +56,21 @@ if TYPE_CHECKING:
     from microtome.toy.adversarial import Vulnerability as Vulnerability
     from microtome.toy.adversarial import vulnerability as vulnerability
     from microtome.toy.double_descent import DataSetSize as DataSetSize
-    from microtome.toy.double_descent import double_descent as double_descent
     from microtome.toy.double_descent import DoubleDescentConfig as DoubleDescentConfig
+    from microtome.toy.double_descent import double_descent as double_descent
     from microtome.toy.features import Features as Features
-    from microtome.toy.features import fixed_data as fixed_data
     from microtome.toy.features import FixedData as FixedData
+    from microtome.toy.features import fixed_data as fixed_data
     from microtome.toy.features import unit_norm as unit_norm
     from microtome.toy.firing import Apart as Apart
     from microtome.toy.firing import Blocks as Blocks
     from microtome.toy.firing import Copula as Copula
     from microtome.toy.firing import Hierarchy as Hierarchy
     from microtome.toy.firing import Independent as Independent
-    from microtome.toy.firing import spaced as spaced
     from microtome.toy.firing import Together as Together
+    from microtome.toy.firing import spaced as spaced
     from microtome.toy.firing import zipf as zipf
+    from microtome.toy.geometry import STICKY as STICKY
     from microtome.toy.geometry import angle_gaps as angle_gaps
     from microtome.toy.geometry import cosines as cosines
     from microtome.toy.geometry import dimensionality as dimensionality
@@ -81,17 +82,16 @@ if TYPE_CHECKING:
     from microtome.toy.geometry import shape as shape
     from microtome.toy.geometry import simplex as simplex
     from microtome.toy.geometry import square_antiprism as square_antiprism
-    from microtome.toy.geometry import STICKY as STICKY
     from microtome.toy.models import ToyConfig as ToyConfig
     from microtome.toy.models import ToyModel as ToyModel
+    from microtome.toy.phase import PhaseDiagram as PhaseDiagram
     from microtome.toy.phase import boundary as boundary
     from microtome.toy.phase import phase_diagram as phase_diagram
-    from microtome.toy.phase import PhaseDiagram as PhaseDiagram
     from microtome.toy.synthetic import Recovery as Recovery
-    from microtome.toy.synthetic import recovery as recovery
     from microtome.toy.synthetic import SyntheticData as SyntheticData
+    from microtome.toy.synthetic import recovery as recovery
     from microtome.toy.training import ToyTraining as ToyTraining
-    from microtome.toy.training import train_toy as train_toy
     from microtome.toy.training import TrainToyConfig as TrainToyConfig
+    from microtome.toy.training import train_toy as train_toy
 else:
     __getattr__, __dir__ = lazy(__name__, _HOMES)

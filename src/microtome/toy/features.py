@@ -44,7 +44,7 @@ class Features:
     n_features: int
     density: float | Sequence[float] | Tensor
     n_instances: int = 1
-    firing: Firing = Independent()
+    firing: Firing = field(default_factory=Independent)
     magnitude: Magnitude = "unit"
     densities: Float[Tensor, "instance feature"] = field(init=False, repr=False)
 

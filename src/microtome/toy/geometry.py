@@ -60,7 +60,9 @@ def angle_gaps(W: Float[Tensor, "two feature"], threshold: float = REPRESENTED) 
     Raises InputError unless there are two hidden dimensions. With fewer than two features there are no gaps.
     """
     if W.ndim != 2 or W.shape[0] != 2:
-        raise InputError("Angles round the circle need two hidden dimensions", got=list(W.shape), expected="[2, feature]")
+        raise InputError(
+            "Angles round the circle need two hidden dimensions", got=list(W.shape), expected="[2, feature]"
+        )
     kept = W[:, W.square().sum(dim=0) > threshold]
     if kept.shape[1] < 2:
         return W.new_zeros(0)
@@ -103,7 +105,14 @@ _SHAPES = {
     "square antiprism": square_antiprism,
 }
 STICKY: Mapping[str, float] = MappingProxyType(
-    {"own dimension": 1.0, "tetrahedron": 3 / 4, "triangle": 2 / 3, "digon": 1 / 2, "pentagon": 2 / 5, "square antiprism": 3 / 8}
+    {
+        "own dimension": 1.0,
+        "tetrahedron": 3 / 4,
+        "triangle": 2 / 3,
+        "digon": 1 / 2,
+        "pentagon": 2 / 5,
+        "square antiprism": 3 / 8,
+    }
 )
 """Dimensionalities at which trained features gather, by the shape that has them."""
 

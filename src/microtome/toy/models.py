@@ -69,7 +69,7 @@ class ToyModel(nn.Module):
         self.b = nn.Parameter(torch.zeros(config.n_instances, config.n_features))
 
     @property
-    def W_out(self) -> Float[Tensor, "instance feature hidden"]:
+    def W_out(self) -> Float[Tensor, "instance feature hidden"]:  # noqa: N802
         return self.W_in.transpose(1, 2) if self.W_untied is None else self.W_untied
 
     def encode(self, x: Float[Tensor, "instance batch feature"]) -> Float[Tensor, "instance batch hidden"]:
@@ -77,7 +77,9 @@ class ToyModel(nn.Module):
         c = self.config
         if x.shape[0] != c.n_instances or x.shape[2] != c.n_features:
             raise InputError(
-                "The batch does not fit the toy model", got=list(x.shape), expected=[c.n_instances, "batch", c.n_features]
+                "The batch does not fit the toy model",
+                got=list(x.shape),
+                expected=[c.n_instances, "batch", c.n_features],
             )
         return _ACTIVATIONS[c.hidden](x @ self.W_in.transpose(1, 2))
 

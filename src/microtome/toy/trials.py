@@ -42,7 +42,7 @@ class Trials:
         return self.model.take(torch.arange(n_settings) * n_seeds + self.chosen)
 
     @property
-    def W(self) -> Float[Tensor, "setting seed hidden feature"]:
+    def W(self) -> Float[Tensor, "setting seed hidden feature"]:  # noqa: N802
         """All directions."""
         return self.model.W_in.detach().unflatten(0, tuple(self.losses.shape))
 

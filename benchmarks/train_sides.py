@@ -11,22 +11,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.common import ModelAndText, resident_bytes, timed
-from microtome.activations import ActivationStream, StreamConfig
-from microtome.common.config import JsonObject, require
+from microtome.activations import ActivationStream, ArraySource, StreamConfig
+from microtome.common.config import require
 from microtome.common.device import parse_device
 from microtome.dictionary import TopKConfig, TrainConfig
 from microtome.dictionary.evaluate import Moments
 from microtome.dictionary.trainer import STATISTICS_BATCHES, Trainer
 
 END = ("fvu", "dead", "start_bytes", "peak_bytes", "peak_gpu_bytes")
-_BLOCK = 2048
 _BUFFERED_BATCHES = 8
 Rows = Float[Tensor, "row d"]
 
@@ -71,23 +69,9 @@ class Config(ModelAndText):
         return self.steps * self.batch_size
 
 
-class RowSource:
-    """Rows in memory as the source of an `ActivationStream`."""
-
-    def __init__(self, rows: Rows, config: Config) -> None:
-        self.rows, self.d = rows, rows.shape[1]
-        self.model_name, self.hook_name = config.model, config.hook_name
-        self.n_blocks = -(-len(rows) // _BLOCK)
-
-    @property
-    def block_rows(self) -> Int[np.ndarray, " block"]:
-        return np.array([len(self.read(block)) for block in range(self.n_blocks)])
-
-    def read(self, block: int) -> Rows:
-        return self.rows[block * _BLOCK : (block + 1) * _BLOCK]
-
-    def describe(self) -> JsonObject:
-        return {"kind": "memory", "n_rows": len(self.rows)}
+def source_of(rows: Rows, config: Config) -> ArraySource:
+    """The rows, as taken at the config's hook point."""
+    return ArraySource(rows, hook_names=config.hook_name, model_name=config.model)
 
 
 class Side(Protocol):
@@ -120,7 +104,7 @@ class Microtome:
         )
         self._folder = tempfile.TemporaryDirectory(prefix="microtome-bench-")
         out = Path(self._folder.name) / "dictionary"
-        self.trainer = Trainer(architecture, RowSource(rows, config), out, settings)
+        self.trainer = Trainer([architecture], source_of(rows, config), out, settings)
         self.batches = self.trainer.begin()
 
     def step(self) -> object:
@@ -128,11 +112,12 @@ class Microtome:
 
     @torch.no_grad()
     def reconstruct(self, x: Rows) -> Rows:
-        reconstruction: Tensor = self.trainer.sae(x * self.trainer.scale)
-        return reconstruction / self.trainer.scale
+        trainer = self.trainer
+        reconstruction: Tensor = trainer.groups[0].export(0, trainer.scales, {"model_name": "bench"})(x)
+        return reconstruction
 
     def n_dead(self) -> int:
-        return int((self.trainer.silent >= self.trainer.architecture.dead_after).sum())
+        return int(self.trainer.groups[0].dead.sum())
 
 
 class SAELens:
@@ -194,7 +179,7 @@ class SAELens:
 def _batches(rows: Rows, config: Config) -> Iterator[Rows]:
     """The batches that Microtome's trainer takes, as fp32."""
     settings = StreamConfig(batch_size=config.batch_size, buffer_size=config.buffer_size, seed=config.seed)
-    return (batch.float() for batch in ActivationStream(RowSource(rows, config), settings))
+    return (batch.float() for batch in ActivationStream(source_of(rows, config), settings))
 
 
 SIDES: dict[str, Callable[[Config, Rows], Side]] = {

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from microtome.dictionary import Dictionary, Origin, TopKConfig, TopKSAE, load_dictionary, save_dictionary
+from microtome.dictionary import Dictionary, Origin, load_dictionary, save_dictionary
+from microtome.dictionary.activation import TopK
 from microtome.text import TokenDataset, TokenizeConfig, open_corpus, tokenize_corpus
 
 from .features.tiny import BOS, TEXTS, make_tokenizer
@@ -48,12 +50,26 @@ def random_dictionary(
 ) -> Dictionary:
     """Write a dictionary with random weights into `folder` and open it. The latents `dead` never fire."""
     center = torch.randn(d_in, generator=torch.Generator().manual_seed(seed)) * 0.01
-    sae = TopKSAE.initialised(d_in, TopKConfig(d_sae=d_sae, k=k), center=center, seed=seed)
+    sae = topk_dictionary(d_in, d_sae, k, origin=Origin.at(model, hook), center=center, seed=seed)
     with torch.no_grad():
         sae.b_enc[list(dead)] = -1e6
     folder.mkdir(parents=True, exist_ok=True)
-    save_dictionary(sae, folder, Origin(model_name=model, hook_name=hook))
+    save_dictionary(sae, folder)
     return load_dictionary(folder)
+
+
+def topk_dictionary(
+    d_in: int, d_sae: int, k: int, *, origin: Origin, center: Tensor | None = None, seed: int = 0
+) -> Dictionary:
+    """A TopK dictionary with random unit decoder rows, the encoder their transpose, and b_dec at `center`."""
+    sae = Dictionary(d_in, d_sae, TopK(k), origin=origin)
+    with torch.no_grad():
+        rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
+        sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+        sae.encoder.copy_(sae.W_dec)
+        if center is not None:
+            sae.b_dec.copy_(center)
+    return sae
 
 
 def tokenized_texts(folder: Path, tokenizer: PreTrainedTokenizerBase, *, times: int, context: int) -> TokenDataset:

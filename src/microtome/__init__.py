@@ -21,6 +21,12 @@ _HOMES = {
     "HarvestConfig": "microtome.activations",
     "harvest": "microtome.activations",
     "TopKConfig": "microtome.dictionary",
+    "BatchTopKConfig": "microtome.dictionary",
+    "GatedConfig": "microtome.dictionary",
+    "JumpReLUConfig": "microtome.dictionary",
+    "MatryoshkaConfig": "microtome.dictionary",
+    "PAnnealConfig": "microtome.dictionary",
+    "ReLUConfig": "microtome.dictionary",
     "TrainConfig": "microtome.dictionary",
     "train": "microtome.dictionary",
     "load_dictionary": "microtome.dictionary",
@@ -41,7 +47,13 @@ if TYPE_CHECKING:
     from microtome.activations import HarvestConfig as HarvestConfig
     from microtome.activations import harvest as harvest
     from microtome.common.errors import MicrotomeError as MicrotomeError
+    from microtome.dictionary import BatchTopKConfig as BatchTopKConfig
     from microtome.dictionary import EvaluateConfig as EvaluateConfig
+    from microtome.dictionary import GatedConfig as GatedConfig
+    from microtome.dictionary import JumpReLUConfig as JumpReLUConfig
+    from microtome.dictionary import MatryoshkaConfig as MatryoshkaConfig
+    from microtome.dictionary import PAnnealConfig as PAnnealConfig
+    from microtome.dictionary import ReLUConfig as ReLUConfig
     from microtome.dictionary import TopKConfig as TopKConfig
     from microtome.dictionary import TrainConfig as TrainConfig
     from microtome.dictionary import evaluate as evaluate

@@ -9,7 +9,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from microtome.activations import ActivationStream, HarvestConfig, ModelSource, StoreSource, StreamConfig, harvest
+from microtome.activations import (
+    ActivationSource,
+    ActivationStream,
+    ArraySource,
+    HarvestConfig,
+    ModelSource,
+    StoreSource,
+    StreamConfig,
+    harvest,
+)
 from microtome.common.config import JsonObject
 from microtome.common.errors import ConfigError, InputError
 from microtome.model import HookedModel
@@ -18,10 +27,10 @@ from microtome.text import TokenDataset
 HOOK = "blocks.2.hook_resid_pre"
 
 
-class CountingSource:
+class CountingSource(ActivationSource):
     """Rows that are their own numbers, and a count of what was read."""
 
-    hook_name, model_name, d = "here", "none", 2
+    hook_names, widths, model_name = ("here",), (2,), "none"
 
     def __init__(self, sizes: list[int]) -> None:
         self.n_blocks, self.reads = len(sizes), Counter[int]()
@@ -106,6 +115,32 @@ def test_store_and_model_give_the_same_batches_without_special_tokens(
     assert from_store.n_rows == from_model.n_rows == (~special).sum()
     for _ in range(2 * from_store.n_rows // 16):
         torch.testing.assert_close(next(from_store), next(from_model))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_stops_the_stream_when_it_is_read(bad: float) -> None:
+    rows = torch.ones(64, 3)
+    rows[37, 1] = bad
+    stream = ActivationStream(ArraySource(rows, hook_names="here", rows_per_block=8), StreamConfig(batch_size=8))
+    with pytest.raises(InputError, match=r"at here hold NaN or infinity.*row 5 of block 4"):
+        next(stream)
+
+
+def test_finite_rows_whose_sum_overflows_are_no_error() -> None:
+    rows = torch.full((16, 4), 3e38)
+    assert torch.equal(next(ActivationStream(ArraySource(rows), StreamConfig(batch_size=4))), rows[:4])
+    half = torch.full((16, 4), 60_000.0, dtype=torch.float16)
+    assert torch.equal(next(ActivationStream(ArraySource(half), StreamConfig(batch_size=4))), half[:4])
+
+
+@pytest.mark.parametrize(("d", "rows"), [(2, 262_144), (4096, 262_144), (14_336, 73_728), (1 << 21, 4096)])
+def test_the_buffer_that_nobody_sized_is_bounded_in_bytes(d: int, rows: int) -> None:
+    """2³⁰ numbers at most, in whole pairs of batches; one pair in any case."""
+
+    class Wide(CountingSource):
+        widths = (d,)
+
+    assert ActivationStream(Wide([1 << 20])).buffer_size == rows
 
 
 def test_a_source_shorter_than_a_batch_and_bad_configs() -> None:

@@ -12,7 +12,8 @@ from microtome.circuits import metrics
 from microtome.circuits.ablation import ablate, ablate_features, knock_out, knock_outs
 from microtome.circuits.patching import activation_patching
 from microtome.common.errors import InputError, MicrotomeError, ModelError
-from microtome.dictionary.topk import TopKSAE
+from microtome.dictionary import Dictionary, Origin
+from microtome.dictionary.activation import TopK
 from microtome.model import HookedModel, edits
 from microtome.model.prompts import Prompts
 
@@ -205,7 +206,7 @@ def test_template_means_are_within_the_group_and_the_position(gpt2: HookedModel)
 def test_features_are_taken_out_and_the_error_stays(gpt2: HookedModel) -> None:
     prompts, _ = pair_of_tokens()
     torch.manual_seed(0)
-    sae = TopKSAE(32, 64, 8)
+    sae = Dictionary(32, 64, TopK(8), origin=Origin.at("tiny", "blocks.1.hook_resid_pre"))
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.normal_()

@@ -23,6 +23,7 @@ from microtome.cli.main import main
 from microtome.common.device import cpu_has_bf16
 from microtome.common.errors import ConfigError, MissingDependencyError
 from microtome.dictionary import Dictionary, Origin, save_dictionary
+from microtome.dictionary.activation import TopK
 from microtome.model import HookedModel
 
 HARVEST = ["layer=1", "context=24", "batch_tokens=120", "tokens=480", "rounds=3", "compare_tokens=960", "device=cpu"]
@@ -63,11 +64,11 @@ def test_harvest(tiny_inputs: list[str], tmp_path: Path, capsys: pytest.CaptureF
     folder = tmp_path / "dictionary"
     folder.mkdir()
     torch.manual_seed(0)
-    origin = Origin(model_name=tiny_inputs[0].removeprefix("model="), hook_name="blocks.1.hook_resid_pre")
-    sae = Dictionary(32, 64, 4, origin=origin, path=folder)
+    origin = Origin.at(tiny_inputs[0].removeprefix("model="), "blocks.1.hook_resid_pre")
+    sae = Dictionary(32, 64, TopK(4), origin=origin, path=folder)
     for parameter in (sae.encoder, sae.W_dec):
         torch.nn.init.normal_(parameter)
-    save_dictionary(sae, folder, origin)
+    save_dictionary(sae, folder)
 
     result = bench(capsys, "harvest", *tiny_inputs, *HARVEST, f"dictionary={folder}")
 

@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.makers import topk_dictionary
 
 from microtome.common.errors import ArtifactError
-from microtome.dictionary import Origin, TopKConfig, TopKSAE, load_dictionary, save_dictionary
+from microtome.dictionary import Origin, load_dictionary, save_dictionary
 
-ORIGIN = Origin(model_name="tiny", hook_name="blocks.1.hook_resid_pre", context=24, dataset="abc")
+ORIGIN = Origin.at("tiny", "blocks.1.hook_resid_pre", context=24, dataset="abc")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    sae = TopKSAE.initialised(8, TopKConfig(d_sae=20, k=3), center=torch.arange(8.0), seed=0)
-    save_dictionary(sae, tmp_path, ORIGIN)
+    save_dictionary(topk_dictionary(8, 20, 3, origin=ORIGIN, center=torch.arange(8.0)), tmp_path)
     return tmp_path
 
 
@@ -25,7 +25,7 @@ def test_a_dictionary_survives_a_round_trip(folder: Path, tmp_path: Path) -> Non
     assert sae.origin == ORIGIN
     assert (sae.d_in, sae.d_sae, sae.k) == (8, 20, 3)
     (tmp_path / "again").mkdir()
-    save_dictionary(sae, tmp_path / "again", sae.origin)
+    save_dictionary(sae, tmp_path / "again")
     assert load_dictionary(tmp_path / "again").fingerprint == sae.fingerprint
     assert load_file(folder / "sae_weights.safetensors").keys() == {"W_enc", "W_dec", "b_enc", "b_dec"}
 
@@ -49,7 +49,7 @@ def test_files_without_our_config_are_read(folder: Path) -> None:
     cfg["metadata"]["something_new"] = 1
     cfg["something_else"] = None
     (folder / "cfg.json").write_text(json.dumps(cfg))
-    assert load_dictionary(folder).hook_name == ORIGIN.hook_name
+    assert load_dictionary(folder).hook_name == ORIGIN.inputs[0]
 
 
 @pytest.mark.parametrize(

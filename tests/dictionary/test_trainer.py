@@ -11,11 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from microtome.activations import HarvestConfig, ModelSource, harvest
+from microtome.activations import ActivationSource, HarvestConfig, ModelSource, harvest
 from microtome.common.config import JsonObject
 from microtome.common.errors import ArtifactError, ConfigError, InputError
 from microtome.dictionary import TopKConfig, TrainConfig, load_dictionary, train
-from microtome.dictionary.trainer import Trainer, geometric_median
+from microtome.dictionary.statistics import geometric_median
+from microtome.dictionary.trainer import Trainer
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
 
@@ -24,10 +25,10 @@ ARCHITECTURE = TopKConfig(d_sae=64, k=4, dead_after=500)
 CONFIG = TrainConfig(n_tokens=64 * 40, batch_size=64, buffer_size=512, warmup_steps=5, lr=3e-3, checkpoint_every=16)
 
 
-class Synthetic:
+class Synthetic(ActivationSource):
     """Rows that are sparse non-negative sums of known unit directions, far from the origin and of any scale."""
 
-    hook_name, model_name, d, n_blocks = "blocks.0.hook_resid_pre", "synthetic", 16, 64
+    hook_names, widths, model_name, n_blocks = ("blocks.0.hook_resid_pre",), (16,), "synthetic", 64
 
     def __init__(self, n_features: int = 24, active: int = 3) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -67,16 +68,15 @@ def weights(sae: torch.nn.Module) -> dict[str, Tensor]:
 
 def test_a_stopped_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     [whole] = train(ARCHITECTURE, Synthetic(), out=tmp_path / "whole", config=CONFIG)
-    stopped = Trainer(ARCHITECTURE, Synthetic(), tmp_path / "stopped", CONFIG)
+    stopped = Trainer([ARCHITECTURE], Synthetic(), tmp_path / "stopped", CONFIG)
     batches = stopped.begin()
     while stopped.step < 27:  # a checkpoint at 16, and eleven steps that will be lost
-        row = stopped.train_step(next(batches))
-        if row:
+        for row in stopped.train_step(next(batches)):
             stopped._log(row)
         if stopped.step % CONFIG.checkpoint_every == 0:
-            stopped._save_checkpoint()
+            stopped.save_checkpoint()
     del stopped
-    resumed = Trainer(ARCHITECTURE, Synthetic(), tmp_path / "stopped", CONFIG)
+    resumed = Trainer([ARCHITECTURE], Synthetic(), tmp_path / "stopped", CONFIG)
     resumed.begin()
     assert resumed.step == 16
     [sae] = train(ARCHITECTURE, Synthetic(), out=tmp_path / "stopped", config=CONFIG)
@@ -103,27 +103,27 @@ def test_dead_latents_come_back_with_the_auxiliary_loss(tmp_path: Path) -> None:
     def dead(coefficient: float) -> int:
         architecture = TopKConfig(d_sae=64, k=3, dead_after=8000, aux_coefficient=coefficient, aux_k=16)
         config = TrainConfig(n_tokens=100_000, batch_size=256, lr=3e-3)
-        trainer = Trainer(architecture, Synthetic(n_features=60), tmp_path / str(coefficient), config)
+        trainer = Trainer([architecture], Synthetic(n_features=60), tmp_path / str(coefficient), config)
         batches = trainer.begin()
         with torch.no_grad():
-            trainer.sae.encoder[:32] *= 1e-3
+            trainer.groups[0].stack.encoder[0, :32] *= 1e-3
         while trainer.step < config.n_steps:
             trainer.train_step(next(batches))
-        return int((trainer.silent[:32] >= architecture.dead_after).sum())
+        return int(trainer.groups[0].dead[0, :32].sum())
 
     assert dead(0.0) > 28
     assert dead(1 / 8) < 8
 
 
 def test_nan_in_the_data_stops_the_training_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    trainer = Trainer(ARCHITECTURE, Synthetic(), tmp_path / "sae", CONFIG)
+    trainer = Trainer([ARCHITECTURE], Synthetic(), tmp_path / "sae", CONFIG)
     batches = trainer.begin()
     for _ in range(16):
         trainer.train_step(next(batches))
-    trainer._save_checkpoint()
+    trainer.save_checkpoint()
     spoiled = Synthetic()
     spoiled.spoiled = True
-    with pytest.raises(InputError, match=r"loss is nan at step.*checkpoint is kept"):
+    with pytest.raises(InputError, match="NaN or infinity"):
         train(ARCHITECTURE, spoiled, out=tmp_path / "sae", config=CONFIG)
     state = json.loads((tmp_path / "sae.partial" / "checkpoint.json").read_text())
     assert state["step"] == 16

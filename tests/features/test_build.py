@@ -13,6 +13,7 @@ from microtome.activations import HarvestConfig, harvest
 from microtome.common.artifacts import read_json, write_json
 from microtome.common.errors import ArtifactError, ConfigError, InputError, ModelError
 from microtome.dictionary import Dictionary, Origin
+from microtome.dictionary.activation import TopK
 from microtome.features import IndexConfig, build_index, open_index
 from microtome.features.build import _Pass
 from microtome.features.weights import logit_effects, nearest_latents
@@ -257,7 +258,7 @@ def test_logit_effects_are_what_an_edit_does() -> None:
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16))
     torch.nn.init.uniform_(hf.transformer.ln_f.weight, 0.5, 1.5)
     model = HookedModel(hf, None, name="tiny-gpt2", spec=GPT2)
-    sae = Dictionary(16, 6, 2, origin=Origin(model_name="tiny-gpt2", hook_name="blocks.0.hook_resid_post"), path=Path())
+    sae = Dictionary(16, 6, TopK(2), origin=Origin.at("tiny-gpt2", "blocks.0.hook_resid_post"))
     torch.nn.init.normal_(sae.W_dec)
     (ids, values), _ = logit_effects(model, sae.requires_grad_(False), 50)
     tokens = torch.tensor([[3, 1, 4]])

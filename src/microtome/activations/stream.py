@@ -21,10 +21,16 @@ from microtome.common.config import require
 from microtome.common.device import derive_seed
 from microtome.common.errors import InputError
 
+_BUFFER_NUMBERS = 1 << 30  # in a buffer whose size was not said: 4 GiB in fp32
+
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """Rows per batch, rows in the buffer (0: as many as the source has, up to 262,144), and the seed of the order."""
+    """Rows per batch, rows in the buffer, and the seed of the order.
+
+    A buffer_size of 0 means as many rows as the source has, up to 262,144 and up to 4 GiB of numbers of four bytes (rows
+    of more than 4,096 numbers are fewer).
+    """
 
     batch_size: int = 2048
     buffer_size: int = 0
@@ -42,7 +48,7 @@ class StreamConfig:
 class ActivationStream:
     """An endless iterator of batches `[batch_size, d]` (in the source's dtype), epoch after epoch.
 
-    Raises InputError when the source has fewer rows than one batch.
+    Raises InputError when the source has fewer rows than one batch, and when a row is not finite.
     """
 
     def __init__(self, source: ActivationSource, config: StreamConfig | None = None) -> None:
@@ -55,7 +61,8 @@ class ActivationStream:
                 got=f"{self.n_rows} rows, batches of {batch}",
                 fix="Use more text or a smaller batch_size",
             )
-        wanted = self.config.buffer_size or min(262_144, max(self.n_rows, 2 * batch))
+        most = min(262_144, _BUFFER_NUMBERS // source.d)
+        wanted = self.config.buffer_size or min(most, max(self.n_rows, 2 * batch))
         self.buffer_size = max(wanted // (2 * batch), 1) * 2 * batch
         self._first_row = np.concatenate([[0], np.cumsum(source.block_rows)])
         self._order = self._row_order()
@@ -75,7 +82,7 @@ class ActivationStream:
             places = self._refill()
             self._load(places)
         assert self._buffer is not None
-        return self._buffer[torch.from_numpy(self._pending.pop(0))]
+        return self._buffer.index_select(0, torch.from_numpy(self._pending.pop(0)).to(self._buffer.device))
 
     def skip(self, n_batches: int) -> None:
         """Go on as if `n_batches` had been taken, reading only what the buffer then holds."""
@@ -128,11 +135,23 @@ class ActivationStream:
         kept: dict[int, Tensor] = {}
         for some in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(blocks)) + 1):
             block = int(blocks[some[0]])
-            data = self._kept[block] if block in self._kept else self.source.read(block)
+            data = self._kept[block] if block in self._kept else self._read(block)
             if block in unfinished:
                 kept[block] = data
             if self._buffer is None:
                 self._buffer = torch.empty(self.buffer_size, self.source.d, dtype=data.dtype, device=data.device)
-            local = torch.from_numpy(rows[some] - self._first_row[block])
-            self._buffer[torch.from_numpy(places[some])] = data[local.to(data.device)]
+            local = torch.from_numpy(rows[some] - self._first_row[block]).to(data.device)
+            self._buffer.index_copy_(0, torch.from_numpy(places[some]).to(data.device), data.index_select(0, local))
         self._kept = kept
+
+    def _read(self, block: int) -> Float[Tensor, "row d"]:
+        data = self.source.read(block)
+        # One pass over the numbers, with nothing written: NaN and infinity stay in a sum. It may overflow by itself.
+        if not bool(torch.isfinite(data.sum(dtype=torch.float32))) and not bool(torch.isfinite(data).all()):
+            row = int((~torch.isfinite(data).all(1)).nonzero()[0])
+            raise InputError(
+                f"The activations at {', '.join(self.source.hook_names)} hold NaN or infinity",
+                got=f"row {row} of block {block}",
+                fix="Read them in bf16 or fp32",
+            )
+        return data

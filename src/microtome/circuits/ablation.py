@@ -15,7 +15,7 @@ from microtome.circuits.pairs import aligned
 from microtome.circuits.replacements import Groups, How, Replacement
 from microtome.circuits.rows import Columns, Intervention, Positions, Write, columns_of
 from microtome.common.errors import InputError, ModelError
-from microtome.dictionary.topk import TopKSAE
+from microtome.dictionary import Dictionary
 from microtome.model.hooked import HookedModel, Input
 from microtome.model.names import HookName
 from microtome.model.prompts import Prompts
@@ -65,7 +65,7 @@ def ablate_features(
     model: HookedModel,
     prompts: Input,
     metric: AnyMetric,
-    dictionary: TopKSAE,
+    dictionary: Dictionary,
     hook_name: str,
     features: Sequence[int],
     *,
@@ -98,7 +98,7 @@ def ablate_features(
     )
 
 
-def _without(dictionary: TopKSAE, feature: int) -> Any:
+def _without(dictionary: Dictionary, feature: int) -> Any:
     def change(x: Tensor, prompts: Tensor, first: int) -> Tensor:
         codes = dictionary.encode(x.flatten(0, 1).to(dictionary.W_dec.dtype)).to_dense()[:, feature]
         taken = codes[:, None] * dictionary.W_dec[feature]

@@ -1,22 +1,40 @@
-"""Floor 4: dictionaries. `train` makes one, `load_dictionary` opens one, `evaluate` measures one."""
+"""Floor 4: dictionaries. `train` makes them, `load_dictionary` opens one, `evaluate` measures one."""
 
 from microtome.dictionary.codes import SparseCodes
+from microtome.dictionary.config import (
+    BatchTopKConfig,
+    DictionaryConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    MatryoshkaConfig,
+    PAnnealConfig,
+    ReLUConfig,
+    TopKConfig,
+    parse_config,
+)
+from microtome.dictionary.dictionary import Dictionary, Origin
 from microtome.dictionary.evaluate import EvaluateConfig, Evaluation, evaluate
-from microtome.dictionary.formats import Dictionary, Origin, load_dictionary, save_dictionary
-from microtome.dictionary.topk import TopKConfig, TopKSAE
+from microtome.dictionary.formats import load_dictionary, save_dictionary
 from microtome.dictionary.trainer import TrainConfig, train
 
 __all__ = [
+    "BatchTopKConfig",
     "Dictionary",
+    "DictionaryConfig",
     "EvaluateConfig",
     "Evaluation",
+    "GatedConfig",
+    "JumpReLUConfig",
+    "MatryoshkaConfig",
     "Origin",
+    "PAnnealConfig",
+    "ReLUConfig",
     "SparseCodes",
     "TopKConfig",
-    "TopKSAE",
     "TrainConfig",
     "evaluate",
     "load_dictionary",
+    "parse_config",
     "save_dictionary",
     "train",
 ]

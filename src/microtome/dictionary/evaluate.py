@@ -22,8 +22,8 @@ from microtome.activations.source import text_mask
 from microtome.common.config import require
 from microtome.common.errors import InputError
 from microtome.common.progress import Progress, progress
+from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.fit import check_fit
-from microtome.dictionary.formats import Dictionary
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
 

@@ -3,7 +3,7 @@
 import torch
 
 from microtome.common.errors import ConfigError
-from microtome.dictionary.formats import Dictionary
+from microtome.dictionary.dictionary import Dictionary
 from microtome.model import HookedModel
 
 

@@ -5,8 +5,6 @@ Microtome adds its own `config.json` (how it was trained) and `provenance.json` 
 made by SAELens, is read all the same.
 """
 
-import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +17,16 @@ from microtome.common.artifacts import atomic_file, read_json, write_json
 from microtome.common.assets import shipped_or
 from microtome.common.device import parse_device, parse_dtype
 from microtome.common.errors import ArtifactError
-from microtome.dictionary.topk import TopKSAE
+from microtome.dictionary.activation import TopK
+from microtome.dictionary.dictionary import Dictionary, Origin
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _FORMAT_VERSION = "6.0.0"  # the oldest SAELens whose reader takes this layout
 
 
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where a dictionary belongs: the model and hook point that it was trained on, and the text."""
-
-    model_name: str
-    hook_name: str
-    context: int | None = None
-    prepend_bos: bool = True
-    dataset: str | None = None
-
-
-def save_dictionary(sae: TopKSAE, folder: Path, origin: Origin) -> None:
+def save_dictionary(sae: Dictionary, folder: Path) -> None:
     """Write both files of the format into an existing folder. Weights are written in their own dtype."""
+    origin = sae.origin
     cfg: dict[str, Any] = {
         "architecture": sae.architecture,
         "d_in": sae.d_in,
@@ -52,7 +41,7 @@ def save_dictionary(sae: TopKSAE, folder: Path, origin: Origin) -> None:
         "metadata": {
             "sae_lens_version": _FORMAT_VERSION,
             "model_name": origin.model_name,
-            "hook_name": origin.hook_name,
+            "hook_name": sae.hook_name,
             "hook_head_index": None,
             "context_size": origin.context,
             "prepend_bos": origin.prepend_bos,
@@ -65,33 +54,8 @@ def save_dictionary(sae: TopKSAE, folder: Path, origin: Origin) -> None:
     write_json(folder / CFG, cfg)
 
 
-def _tensors(sae: TopKSAE) -> dict[str, Tensor]:
+def _tensors(sae: Dictionary) -> dict[str, Tensor]:
     return {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
-
-
-class Dictionary(TopKSAE):
-    """A trained dictionary that knows where it belongs (`origin`) and where it is from (`path`)."""
-
-    def __init__(self, d_in: int, d_sae: int, k: int, *, origin: Origin, path: Path) -> None:
-        super().__init__(d_in, d_sae, k)
-        self.origin, self.path = origin, path
-
-    @property
-    def model_name(self) -> str:
-        return self.origin.model_name
-
-    @property
-    def hook_name(self) -> str:
-        return self.origin.hook_name
-
-    @property
-    def fingerprint(self) -> str:
-        """Sixteen hex digits that name the weights: equal weights in one dtype have equal fingerprints."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(_tensors(self).items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 def load_dictionary(path: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> Dictionary:
@@ -112,12 +76,13 @@ def load_dictionary(path: str | Path, *, device: str = "cpu", dtype: str = "fp32
     metadata = cfg.get("metadata") or {}
     origin = Origin(
         model_name=str(metadata.get("model_name") or "unknown"),
-        hook_name=str(metadata.get("hook_name") or "unknown"),
+        inputs=(str(metadata.get("hook_name") or "unknown"),),
         context=metadata.get("context_size"),
         prepend_bos=bool(metadata.get("prepend_bos", True)),
         dataset=metadata.get("dataset_path"),
     )
-    sae = Dictionary(cfg["d_in"], cfg["d_sae"], cfg["k"], origin=origin, path=folder)
+    sae = Dictionary(cfg["d_in"], cfg["d_sae"], TopK(cfg["k"]), origin=origin)
+    sae.path = folder
     with torch.no_grad():
         sae.encoder.copy_(tensors["W_enc"].T)
         for name in ("W_dec", "b_enc", "b_dec"):
@@ -127,7 +92,7 @@ def load_dictionary(path: str | Path, *, device: str = "cpu", dtype: str = "fp32
 
 def _check_cfg(folder: Path, cfg: dict[str, Any]) -> None:
     wanted = {
-        "architecture": (TopKSAE.architecture,),
+        "architecture": ("topk",),
         "apply_b_dec_to_input": (True,),
         "normalize_activations": ("none", None),
         "reshape_activations": ("none", None),

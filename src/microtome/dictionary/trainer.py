@@ -1,16 +1,17 @@
-"""Training: one dictionary on one stream of activations.
+"""Training: any number of dictionaries on one stream of activations.
 
-1. The first batches of the stream give the data's centre (geometric median), scale (mean norm becomes √d) and variance.
-2. Each step: gradients (`TopKSAE.training_step`), Adam, decoder rows back to unit norm, count of tokens since each
-   latent fired.
-3. Every `checkpoint_every` steps all state is written to the draft folder. A run that was stopped goes on from there,
+1. The first batches of the stream give each hook point's scale (mean norm becomes √d), a centre and the variance.
+2. Configs that differ only in seed or λ become members of one stack (`group.py`), where that is quicker.
+3. Each step: every group takes the same rows; gradients, Adam, decoder rows back to unit norm, counts of silence.
+4. Every `checkpoint_every` steps all state is written to the draft folder. A run that was stopped goes on from there,
    on exactly the batches that were to come, and ends with the same weights.
-4. At the end the scale is folded into the biases, so that the saved dictionary takes the model's own activations.
+5. At the end the scales are folded into the weights, so that a saved dictionary takes the model's own activations.
 """
 
 import itertools
 import json
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +24,34 @@ from torch import Tensor
 
 from microtome.activations import ActivationStore, ActivationStream, StoreSource, StreamConfig
 from microtome.activations.source import ActivationSource
-from microtome.common.artifacts import Draft, atomic_file, draft, read_json, write_json
+from microtome.common.artifacts import (
+    CONFIG,
+    FORMAT,
+    PROVENANCE,
+    Draft,
+    atomic_file,
+    describe_run,
+    draft,
+    read_json,
+    write_json,
+)
 from microtome.common.config import JsonObject, require, to_dict
 from microtome.common.device import fast_dtype, parse_device, parse_dtype
-from microtome.common.errors import InputError
+from microtome.common.errors import ConfigError, InputError
 from microtome.common.progress import progress
-from microtome.dictionary.formats import Dictionary, Origin, load_dictionary, save_dictionary
+from microtome.dictionary.config import DictionaryConfig, describe
+from microtome.dictionary.dictionary import Dictionary
+from microtome.dictionary.formats import load_dictionary, save_dictionary
+from microtome.dictionary.group import Group, Sites, alike
 from microtome.dictionary.loggers import Loggers
-from microtome.dictionary.topk import TopKConfig, TopKSAE
+from microtome.dictionary.stack import StepReport
+from microtome.dictionary.statistics import input_scales
 
-KIND = "dictionary"
+KIND, SWEEP_KIND = "dictionary", "dictionary_sweep"
 STATISTICS_BATCHES = 4
 _CHECKPOINT, _LOG = "checkpoint", "training.jsonl"
+# Members with more pre-activations than this gain nothing from being stacked on a CPU.
+_STACKED_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +60,8 @@ class TrainConfig:
 
     `lr` None means 2e-4 / √(d_sae / 16384), the field's rule for TopK; it rises over `warmup_steps` and falls to zero
     over the last `decay_fraction`. `select_dtype` is the dtype of the product that selects latents ("auto": bf16 where
-    the hardware has it).
+    the hardware has it). `stack` says whether alike dictionaries are trained as one ("auto": where they are small, and
+    on a GPU).
     """
 
     n_tokens: int = 2_000_000
@@ -52,9 +70,11 @@ class TrainConfig:
     lr: float | None = None
     warmup_steps: int = 100
     decay_fraction: float = 0.3
+    resample_batches: int = 8
     seed: int = 0
     device: str = "auto"
     select_dtype: str = "auto"
+    stack: Literal["auto", "always", "never"] = "auto"
     checkpoint_every: int = 500
     log_every: int = 25
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -68,15 +88,17 @@ class TrainConfig:
         require(self.lr is None or self.lr > 0, "lr must be positive", got=self.lr)
         require(0 <= self.decay_fraction <= 1, "decay_fraction must be in [0, 1]", got=self.decay_fraction)
         require(self.warmup_steps >= 0, "warmup_steps must not be negative", got=self.warmup_steps)
+        require(self.resample_batches > 0, "resample_batches must be positive", got=self.resample_batches)
         require(self.checkpoint_every > 0 and self.log_every > 0, "checkpoint_every and log_every must be positive")
 
     @property
     def n_steps(self) -> int:
         return self.n_tokens // self.batch_size
 
-    def lr_at(self, step: int, d_sae: int) -> float:
-        """The learning rate of step `step` (from 0)."""
-        peak = self.lr if self.lr is not None else 2e-4 / (d_sae / 16384) ** 0.5
+    def lr_at(self, step: int, d_sae: int, lr: float | None = None) -> float:
+        """The learning rate of step `step` (from 0), for a dictionary with its own peak `lr` or none."""
+        lr = self.lr if lr is None else lr
+        peak = lr if lr is not None else 2e-4 / (d_sae / 16384) ** 0.5
         rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
         decay_steps = int(self.n_steps * self.decay_fraction)
         fall = min(1.0, (self.n_steps - step) / decay_steps) if decay_steps else 1.0
@@ -84,7 +106,7 @@ class TrainConfig:
 
 
 def train(
-    configs: TopKConfig | Sequence[TopKConfig],
+    configs: DictionaryConfig | Sequence[DictionaryConfig],
     source: ActivationStore | ActivationSource | str | Path,
     *,
     out: str | Path,
@@ -92,71 +114,101 @@ def train(
     hook_name: str | None = None,
     overwrite: bool = False,
 ) -> list[Dictionary]:
-    """Train a dictionary (or several, one after another) and return them, saved at `out` (or `out/0`, `out/1` …).
+    """Train a dictionary, saved at `out`, or several on one stream (`out/0`, `out/1` …), and return them.
 
-    `source` is a store (opened or its folder; `hook_name` chooses one of its points) or a `ModelSource`. A training
-    that was stopped goes on from its last checkpoint. Raises InputError when the loss stops being a number; the last
-    good checkpoint is kept.
+    `source` is a store (opened or its folder; `hook_name` chooses one of its points for configs that name none) or
+    another `ActivationSource`. A training that was stopped goes on from its last checkpoint. Raises InputError when a
+    loss stops being a number; the last good checkpoint is kept.
     """
     config = config or TrainConfig()
+    listed = [configs] if isinstance(configs, DictionaryConfig) else list(configs)
+    if not listed:
+        raise ConfigError("There is nothing to train", got="an empty list of configs")
     if isinstance(source, str | Path):
         source = ActivationStore.open(source)
     if isinstance(source, ActivationStore):
-        source = StoreSource(source, hook_name)
-    if isinstance(configs, TopKConfig):
-        return [Trainer(configs, source, Path(out), config, overwrite=overwrite).run()]
-    return [
-        Trainer(each, source, Path(out) / str(i), config, overwrite=overwrite).run() for i, each in enumerate(configs)
-    ]
+        source = StoreSource(source, _points(listed, hook_name, source))
+    single = isinstance(configs, DictionaryConfig)
+    return Trainer(listed, source, Path(out), config, single=single, overwrite=overwrite).run()
+
+
+def _points(configs: Sequence[DictionaryConfig], hook_name: str | None, store: ActivationStore) -> list[str]:
+    """The points of a store that the configs use, in the store's order."""
+    used = {name for c in configs for name in (*c.inputs, *c.outputs)}
+    if any(not c.inputs for c in configs):
+        used.add(hook_name if hook_name is not None else store.hook_names[0])
+    for name in used:
+        store.check_hook(name)
+    return [name for name in store.hook_names if name in used]
 
 
 class Trainer:
-    """One training: its dictionary, optimiser and counters, and the draft folder in which its checkpoints are.
+    """One training: its groups, and the draft folder in which its checkpoints are.
 
     `run()` does all of it. Its parts: `begin()` gives the batches that are to come, `train_step(batch)` is one update.
     """
 
     def __init__(
         self,
-        architecture: TopKConfig,
+        configs: Sequence[DictionaryConfig],
         source: ActivationSource,
         out: Path,
         config: TrainConfig,
         *,
+        single: bool = True,
         overwrite: bool = False,
     ) -> None:
-        self.architecture, self.source, self.config, self.overwrite = architecture, source, config, overwrite
+        self.configs, self.source, self.config = list(configs), source, config
+        self.single, self.overwrite = single, overwrite
         self.device = parse_device(config.device)
         self.select_dtype = (
             fast_dtype(self.device) if config.select_dtype == "auto" else parse_dtype(config.select_dtype)
         )
-        settings = {
-            "architecture": {"name": architecture.architecture, **to_dict(architecture)},
-            "train": to_dict(config),
-            "source": source.describe(),
-        }
-        self.draft: Draft = draft(out, KIND, settings, overwrite=overwrite, resume=True)
+        about = {"train": to_dict(config), "source": source.describe()}
+        described = [describe(each) for each in self.configs]
+        what = {"architecture": described[0]} if single else {"dictionaries": described}
+        self.draft: Draft = draft(
+            out, KIND if single else SWEEP_KIND, {**what, **about}, overwrite=overwrite, resume=True
+        )
         self.step = 0
-        self.scale, self.variance = 1.0, 1.0
-        self.silent = torch.zeros(
-            architecture.d_sae, dtype=torch.int64, device=self.device
-        )  # tokens since each latent fired
+        self.scales = torch.ones(source.d, device=self.device)
+        self.groups = self._make_groups()
+        self.recent: deque[Float[Tensor, "n d"]] = deque(maxlen=config.resample_batches)
 
-    def run(self) -> Dictionary:
+    def _make_groups(self) -> list[Group]:
+        sites = Sites(self.source.hook_names, self.source.widths)
+        together: list[list[int]] = []
+        for number, config in enumerate(self.configs):
+            fitting = [each for each in together if self._stacks(config, self.configs[each[0]])]
+            if fitting:
+                fitting[0].append(number)
+            else:
+                together.append([number])
+        return [Group([self.configs[n] for n in numbers], numbers, sites, device=self.device) for numbers in together]
+
+    def _stacks(self, a: DictionaryConfig, b: DictionaryConfig) -> bool:
+        """Whether the two become members of one stack."""
+        small = self.config.batch_size * a.d_sae <= _STACKED_ENTRIES or self.device.type == "cuda"
+        wanted = self.config.stack == "always" or (self.config.stack == "auto" and small)
+        return wanted and alike(a) == alike(b)
+
+    def run(self) -> list[Dictionary]:
         """Train to the end and publish."""
         batches = self.begin()
         loggers = Loggers(self.config.log_to, self.draft.folder)
+        names = ", ".join(dict.fromkeys(each.architecture for each in self.configs))
         try:
-            with progress(self.config.n_steps, f"train {self.architecture.architecture}", "steps") as bar:
+            with progress(self.config.n_steps, f"train {names}", "steps") as bar:
                 bar.advance(self.step)
                 while self.step < self.config.n_steps:
-                    row = self.train_step(next(batches))
-                    if row is not None:
+                    rows = self.train_step(next(batches))
+                    for row in rows:
                         self._log(row)
-                        loggers.write(row)
-                    bar.advance(1, f"FVU {row['fvu']:.3f}" if row else "")
+                    if rows:
+                        loggers.write(_for_loggers(rows))
+                    bar.advance(1, " ".join(f"FVU {row['fvu']:.3f}" for row in rows[:1]))
                     if self.step % self.config.checkpoint_every == 0 and self.step < self.config.n_steps:
-                        self._save_checkpoint()
+                        self.save_checkpoint()
         finally:
             loggers.close()
         return self._publish()
@@ -164,7 +216,7 @@ class Trainer:
     # ---- begin, or go on ----------------------------------------------------------------------------------------------
 
     def begin(self) -> Iterator[Float[Tensor, "batch d"]]:
-        """Make the dictionary from the first batches, or read the last checkpoint; return the batches to come."""
+        """Make the dictionaries from the first batches, or read the last checkpoint; return the batches to come."""
         stream_config = StreamConfig(
             batch_size=self.config.batch_size, buffer_size=self.config.buffer_size, seed=self.config.seed
         )
@@ -172,136 +224,138 @@ class Trainer:
         saved = self.draft.folder / f"{_CHECKPOINT}.json"
         if self.draft.resumed and saved.exists():
             self._load_checkpoint(read_json(saved))
-            stream.skip(self.step)
+            seen = min(self.step, self.config.resample_batches) if self._resampling else 0
+            stream.skip(self.step - seen)
+            for _ in range(seen):
+                self.recent.append(self._scaled(next(stream)))
             return iter(stream)
         first = [next(stream) for _ in range(min(STATISTICS_BATCHES, self.config.n_steps))]
-        self._begin_anew(torch.cat(first).float())
+        rows = torch.cat(first).to(self.device, torch.float32)
+        self.scales = input_scales(rows, self.source.widths)
+        for group in self.groups:
+            group.begin(rows * self.scales, self.scales, self.config.seed)
         return itertools.chain(first, stream)
 
-    def _begin_anew(self, rows: Float[Tensor, "row d"]) -> None:
-        if not bool(torch.isfinite(rows).all()):
-            raise InputError("The activations hold NaN or infinity", fix="Harvest them in bf16 or fp32")
-        norm = float(rows.norm(dim=1).mean())
-        center = geometric_median(rows)
-        spread = float((rows - center).square().sum(1).median())
-        if spread == 0.0:
-            raise InputError("The activations are all equal: there is nothing to learn", got=f"{len(rows)} equal rows")
-        self.scale = self.source.d**0.5 / norm
-        self.variance = spread * self.scale**2
-        self.sae = TopKSAE.initialised(
-            self.source.d, self.architecture, center=center * self.scale, seed=self.config.seed
-        ).to(self.device)
-        self.optimiser = self._make_optimiser()
+    @property
+    def _resampling(self) -> bool:
+        return any(group.config.revival == "resample" for group in self.groups)
 
-    def _make_optimiser(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self.sae.parameters(), lr=1.0, fused=True)
+    def _scaled(self, batch: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
+        return batch.to(device=self.device, dtype=torch.float32) * self.scales
 
     # ---- a step -------------------------------------------------------------------------------------------------------
 
-    def train_step(self, batch: Float[Tensor, "batch d"]) -> dict[str, float] | None:
-        """One update. Every `log_every` steps, and before a checkpoint, the row of figures to log."""
-        x = batch.to(device=self.device, dtype=torch.float32) * self.scale
-        dead = self.silent >= self.architecture.dead_after
-        report = self.sae.training_step(
-            x,
-            self.architecture,
-            variance=self.variance,
-            dead=dead if bool(dead.any()) else None,
-            select_dtype=self.select_dtype,
-        )
-        lr = self.config.lr_at(self.step, self.architecture.d_sae)
-        self.optimiser.param_groups[0]["lr"] = lr
-        self.optimiser.step()
-        self.sae.after_step()
-        self.silent = torch.where(report.fired, 0, self.silent + len(x))
+    def train_step(self, batch: Float[Tensor, "batch d"]) -> list[dict[str, float]]:
+        """One update of all dictionaries. Every `log_every` steps, and before a checkpoint, a row of figures for
+        each."""
+        rows = self._scaled(batch)
+        if self._resampling:
+            self.recent.append(rows)
+        reports = []
+        for group in self.groups:
+            lr = self.config.lr_at(self.step, group.config.d_sae, group.config.lr)
+            fraction = self.step / self.config.n_steps
+            reports.append(group.train_step(rows, lr=lr, fraction=fraction, select_dtype=self.select_dtype))
         self.step += 1
-        if (
-            self.step % self.config.log_every
-            and self.step % self.config.checkpoint_every
-            and self.step != self.config.n_steps
-        ):
-            return None
-        loss = float(report.loss)
-        if not math.isfinite(loss):
-            raise InputError(
-                f"The loss is {loss} at step {self.step}",
-                got=f"learning rate {lr:.2e}",
-                fix="Lower lr or look at the activations; the last checkpoint is kept, and the same command goes on from it",
-            )
-        return {
-            "step": self.step,
-            "tokens": self.step * self.config.batch_size,
-            "loss": loss,
-            "fvu": float(report.fvu),
-            "aux": float(report.aux),
-            "dead": int(dead.sum()),
-            "lr": lr,
-        }
+        for group in self.groups:
+            if group.resamples_at(self.step, self.config.n_steps):
+                group.resample(torch.cat(list(self.recent)), step=self.step, seed=self.config.seed)
+        due = (self.step % self.config.log_every, self.step % self.config.checkpoint_every)
+        if all(due) and self.step != self.config.n_steps:
+            return []
+        found = [row for pair in zip(self.groups, reports, strict=True) for row in self._rows(*pair)]
+        return sorted(found, key=lambda row: row["dictionary"])
+
+    def _rows(self, group: Group, report: StepReport) -> Iterator[dict[str, float]]:
+        lr = self.config.lr_at(self.step - 1, group.config.d_sae, group.config.lr)
+        figures = torch.stack([report.loss, report.fvu, report.aux, report.l0, group.dead.sum(1)]).T.tolist()
+        for number, config, (loss, fvu, aux, l0, dead) in zip(group.numbers, group.configs, figures, strict=True):
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"The loss is {loss} at step {self.step}",
+                    got=f"learning rate {lr:.2e}, dictionary {number} ({config.architecture})",
+                    fix="Lower lr or look at the activations; the last checkpoint is kept, and the same command goes on "
+                    "from it",
+                )
+            row = {"dictionary": number, "step": self.step, "tokens": self.step * self.config.batch_size, "loss": loss}
+            yield {**row, "fvu": fvu, "aux": aux, "l0": l0, "dead": int(dead), "lr": lr}
 
     def _log(self, row: dict[str, float]) -> None:
-        with (self.draft.folder / _LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        file = self.folder(int(row["dictionary"])) / _LOG
+        file.parent.mkdir(exist_ok=True)
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps({key: value for key, value in row.items() if key != "dictionary"}) + "\n")
+
+    def folder(self, number: int) -> Path:
+        """Where a dictionary's files are while the training lasts."""
+        return self.draft.folder if self.single else self.draft.folder / str(number)
 
     # ---- checkpoints and the end --------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self) -> None:
-        tensors = {f"sae.{name}": p.detach() for name, p in self.sae.named_parameters()}
-        for name, p in self.sae.named_parameters():
-            for key, value in self.optimiser.state[p].items():
-                tensors[f"adam.{name}.{key}"] = value
-        tensors["silent"] = self.silent
+    def save_checkpoint(self) -> None:
+        """Write all state, then forget the checkpoint before."""
+        tensors = {f"{i}.{key}": value for i, group in enumerate(self.groups) for key, value in group.state().items()}
+        tensors["scales"] = self.scales
         file = f"{_CHECKPOINT}-{self.step}.safetensors"
         with atomic_file(self.draft.folder / file) as temporary:
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
-        state = {"step": self.step, "scale": self.scale, "variance": self.variance, "file": file}
-        write_json(self.draft.folder / f"{_CHECKPOINT}.json", state)
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+        write_json(self.draft.folder / f"{_CHECKPOINT}.json", {"step": self.step, "file": file})
         for old in self.draft.folder.glob(f"{_CHECKPOINT}-*.safetensors"):
             if old.name != file:
                 old.unlink()
 
     def _load_checkpoint(self, state: JsonObject) -> None:
-        self.step, self.scale, self.variance = state["step"], state["scale"], state["variance"]
-        tensors = {name: t.to(self.device) for name, t in load_file(self.draft.folder / state["file"]).items()}
-        self.sae = TopKSAE(self.source.d, self.architecture.d_sae, self.architecture.k).to(self.device)
-        self.silent = tensors["silent"]
-        self.optimiser = self._make_optimiser()
-        for name, p in self.sae.named_parameters():
-            p.data.copy_(tensors[f"sae.{name}"])
-            keys = [key for key in tensors if key.startswith(f"adam.{name}.")]
-            self.optimiser.state[p] = {key.rpartition(".")[2]: tensors[key] for key in keys}
-        self._trim_log()
+        self.step = state["step"]
+        tensors = load_file(self.draft.folder / state["file"])
+        self.scales = tensors["scales"].to(self.device)
+        for i, group in enumerate(self.groups):
+            prefix = f"{i}."
+            group.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for number in range(len(self.configs)):
+            _trim_log(self.folder(number) / _LOG, self.step)
 
-    def _trim_log(self) -> None:
-        """Forget the log's rows behind the checkpoint: those steps are made again."""
-        file = self.draft.folder / _LOG
-        if not file.exists():
-            return
-        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= self.step]
-        with atomic_file(file) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def _publish(self) -> Dictionary:
-        self.sae.rescale(self.scale)
+    def _publish(self) -> list[Dictionary]:
         about: dict[str, Any] = self.source.describe()
-        origin = Origin(
-            model_name=self.source.model_name,
-            hook_name=self.source.hook_name,
-            context=about["dataset"]["context"],
-            prepend_bos=bool(about["dataset"]["special_ids"]),
-            dataset=about["dataset"]["fingerprint"],
-        )
-        save_dictionary(self.sae, self.draft.folder, origin)
+        dataset = about.get("dataset") or {}
+        origin = {
+            "model_name": self.source.model_name,
+            "context": dataset.get("context"),
+            "prepend_bos": bool(dataset.get("special_ids")),
+            "dataset": dataset.get("fingerprint"),
+        }
+        for group in self.groups:
+            for member, number in enumerate(group.numbers):
+                folder = self.folder(number)
+                folder.mkdir(exist_ok=True)
+                save_dictionary(group.export(member, self.scales, origin), folder)
+                if not self.single:
+                    self._write_head(folder, self.configs[number])
         for old in self.draft.folder.glob(f"{_CHECKPOINT}*"):
             old.unlink()
-        self.draft.publish(overwrite=self.overwrite, seed=self.config.seed)
-        return load_dictionary(self.draft.target)
+        target = self.draft.publish(overwrite=self.overwrite, seed=self.config.seed)
+        places = [target] if self.single else [target / str(n) for n in range(len(self.configs))]
+        return [load_dictionary(place) for place in places]
+
+    def _write_head(self, folder: Path, config: DictionaryConfig) -> None:
+        """A dictionary of a sweep is an artifact of its own."""
+        shared = {key: self.draft.config[key] for key in ("train", "source")}
+        head = {"kind": KIND, "format": FORMAT, "config": {"architecture": describe(config), **shared}}
+        write_json(folder / CONFIG, head)
+        write_json(folder / PROVENANCE, {**describe_run(), "seed": self.config.seed})
 
 
-def geometric_median(rows: Float[Tensor, "row d"], steps: int = 20) -> Float[Tensor, " d"]:
-    """The point with the least sum of distances to all rows, by Weiszfeld's iteration: a centre that outliers do not
-    move."""
-    point = rows.mean(0)
-    for _ in range(steps):
-        weights = 1.0 / (rows - point).norm(dim=1).clamp_min(1e-9)
-        point = (rows * weights[:, None]).sum(0) / weights.sum()
-    return point
+def _for_loggers(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The rows of one step as one; figures of several dictionaries get their numbers as prefixes."""
+    if len(rows) == 1:
+        return {key: value for key, value in rows[0].items() if key != "dictionary"}
+    together = {f"{row['dictionary']}/{key}": value for row in rows for key, value in row.items()}
+    return {"step": rows[0]["step"], **together}
+
+
+def _trim_log(file: Path, step: int) -> None:
+    """Forget the log's rows behind the checkpoint: those steps are made again."""
+    if not file.exists():
+        return
+    kept = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+    with atomic_file(file) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

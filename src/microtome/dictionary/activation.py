@@ -1,0 +1,110 @@
+"""The activation functions of dictionaries: from pre-activations to codes.
+
+Each is a small module that holds its own numbers. All are homogeneous in a latent's scale: `scale_(c)` changes the
+numbers so that `c · pre` gives `c · f`, which is what folds input scales and decoder norms into the weights.
+
+| module     | f                                                         | source                                   |
+|------------|-----------------------------------------------------------|------------------------------------------|
+| `ReLU`     | ReLU(pre)                                                 | Bricken et al. 2023                      |
+| `TopK`     | ReLU of the k largest                                     | Gao et al. 2024, arXiv 2406.04093, §2.3  |
+| `GroupMax` | ReLU of the largest of each of k groups of neighbours     | sparsify                                 |
+| `JumpReLU` | pre · 1[pre > θ] · 1[pre > 0]                             | Rajamanoharan et al. 2024, 2407.14435    |
+| `Gated`    | 1[π > 0] · ReLU(e^r ⊙ (π − b_gate) + b_mag), π = pre      | Rajamanoharan et al. 2024, 2404.16014    |
+"""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from microtome.common.config import require
+from microtome.dictionary.codes import SparseCodes
+from microtome.dictionary.selection import top_k
+
+
+class Activation(nn.Module):
+    """From pre-activations to codes. `bias` is the dictionary's b_enc, which `Gated` needs (there it is b_gate)."""
+
+    name: ClassVar[str]
+
+    def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
+        """The codes of each row."""
+        raise NotImplementedError
+
+    def scale_(self, c: Float[Tensor, "..."]) -> None:
+        """Fit the module's numbers to pre-activations that are `c` times as large: a factor for all latents, or one for
+        each."""
+
+
+class ReLU(Activation):
+    """f = ReLU(pre)."""
+
+    name = "relu"
+
+    def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
+        return SparseCodes.of_dense(pre.relu())
+
+
+class TopK(Activation):
+    """The k largest pre-activations of each row, those below zero set to zero."""
+
+    name = "topk"
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        require(k > 0, "k must be positive", got=k)
+        self.k = k
+
+    def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
+        indices = top_k(pre, self.k)
+        return SparseCodes(indices, pre.gather(1, indices).relu(), pre.shape[1])
+
+
+class GroupMax(Activation):
+    """The largest of each of k groups of neighbouring latents, if positive."""
+
+    name = "groupmax"
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        require(k > 0, "k must be positive", got=k)
+        self.k = k
+
+    def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
+        values, within = pre.unflatten(1, (self.k, -1)).max(2)
+        starts = torch.arange(self.k, device=pre.device) * (pre.shape[1] // self.k)
+        return SparseCodes(starts + within, values.relu(), pre.shape[1])
+
+
+class JumpReLU(Activation):
+    """f = pre where pre is above its latent's threshold (and above zero)."""
+
+    name = "jumprelu"
+
+    def __init__(self, threshold: Float[Tensor, " d_sae"]) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(threshold)
+
+    def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
+        return SparseCodes.of_dense(pre * ((pre > self.threshold) & (pre > 0)))
+
+    def scale_(self, c: Float[Tensor, "..."]) -> None:
+        self.threshold.mul_(c)
+
+
+class Gated(Activation):
+    """The gate pre > 0 says which latents fire; a scaled and shifted copy of the same product says how strongly."""
+
+    name = "gated"
+
+    def __init__(self, r_mag: Float[Tensor, " d_sae"], b_mag: Float[Tensor, " d_sae"]) -> None:
+        super().__init__()
+        self.r_mag, self.b_mag = nn.Parameter(r_mag), nn.Parameter(b_mag)
+
+    def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
+        magnitude = (self.r_mag.exp() * (pre - bias) + self.b_mag).relu()
+        return SparseCodes.of_dense(magnitude * (pre > 0))
+
+    def scale_(self, c: Float[Tensor, "..."]) -> None:
+        self.b_mag.mul_(c)

@@ -1,0 +1,210 @@
+"""`Dictionary`: a trained dictionary, whatever made it.
+
+    pre = (N(x) − b_dec) W_enc + b_enc        f = activation(pre)        ŷ = N⁻¹(f W_dec + b_dec) + x W_skip
+
+An autoencoder has y = x. A *transcoder* reads x at one hook point and predicts y at another; a *crosscoder* reads and
+writes several points at once: its x and y are their activations one behind the other. b_dec is taken from the input only
+where `center` says so, N is the input's normalisation (nearly always none), W_skip a skip transcoder's linear path.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from microtome.common.config import require
+from microtome.common.errors import ConfigError, InputError
+from microtome.dictionary.activation import Activation, TopK
+from microtome.dictionary.codes import SparseCodes
+
+InputNorm = Literal["none", "layer_norm", "constant_norm_rescale"]
+_EPSILON = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a dictionary belongs: the model, the hook points that it reads and (`outputs`, if others) writes, and the
+    text."""
+
+    model_name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...] = ()
+    context: int | None = None
+    prepend_bos: bool = True
+    dataset: str | None = None
+
+    def __post_init__(self) -> None:
+        require(len(self.inputs) > 0, "A dictionary reads at least one hook point", got=self.inputs)
+        if not self.outputs:
+            object.__setattr__(self, "outputs", self.inputs)
+
+    @classmethod
+    def at(cls, model_name: str, hook_name: str, *, context: int | None = None, dataset: str | None = None) -> "Origin":
+        """Of an autoencoder on one hook point."""
+        return cls(model_name=model_name, inputs=(hook_name,), context=context, dataset=dataset)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What `N` took from each row, and what gives it back: x = N(x) · std + mean."""
+
+    std: Float[Tensor, "n 1"]
+    mean: Float[Tensor, "n 1"]
+
+
+class Dictionary(nn.Module):
+    """A dictionary of `d_sae` latents from activations of size `d_in` to ones of size `d_out`.
+
+    `encoder` holds W_enc transposed, `[d_sae, d_in]`, so that a latent's weights lie together; `W_enc` is a view of it.
+    `name` is the architecture as the field calls it ("topk", "jumprelu", "gated", "transcoder" …).
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        activation: Activation,
+        *,
+        origin: Origin,
+        d_out: int | None = None,
+        center: bool = True,
+        skip: bool = False,
+        input_norm: InputNorm = "none",
+    ) -> None:
+        super().__init__()
+        d_out = d_in if d_out is None else d_out
+        require(not center or d_in == d_out, "Only an autoencoder can take b_dec from its input", got=(d_in, d_out))
+        require(input_norm in get_args(InputNorm), "Unknown input_norm", got=input_norm, expected=get_args(InputNorm))
+        k = activation.k if isinstance(activation, TopK) else 1
+        require(k <= d_sae, "k must be at most d_sae", got=f"k {k}, d_sae {d_sae}")
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out
+        self.activation, self.center, self.input_norm = activation, center, input_norm
+        self.origin, self.path = origin, Path()  # whoever opens it from a folder says which
+        self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.W_skip = nn.Parameter(torch.zeros(d_in, d_out)) if skip else None
+
+    # ---- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # noqa: N802 - the field's name
+        return self.encoder.T
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it writes other hook points than it reads."""
+        return self.origin.inputs != self.origin.outputs
+
+    @property
+    def architecture(self) -> str:
+        """As SAELens calls it: the activation's name, for transcoders with what they are."""
+        if not self.is_transcoder:
+            return "standard" if self.activation.name == "relu" else self.activation.name
+        kind = "skip_transcoder" if self.W_skip is not None else "transcoder"
+        return kind if self.activation.name == "relu" else f"{self.activation.name}_{kind}"
+
+    @property
+    def k(self) -> int | None:
+        """How many latents are kept on each row, where the activation fixes that."""
+        k = getattr(self.activation, "k", None)
+        return k if isinstance(k, int) else None
+
+    @property
+    def model_name(self) -> str:
+        return self.origin.model_name
+
+    @property
+    def hook_name(self) -> str:
+        """The one hook point that it reads. Raises ConfigError for a crosscoder."""
+        if len(self.origin.inputs) > 1:
+            raise ConfigError(
+                "This needs a dictionary of one hook point", got=f"a crosscoder of {', '.join(self.origin.inputs)}"
+            )
+        return self.origin.inputs[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that name the weights: equal weights in one dtype have equal fingerprints."""
+        digest = hashlib.sha256()
+        names = {"encoder": "W_enc"}
+        tensors = {names.get(name, name.rpartition(".")[2]): p for name, p in self.named_parameters()}
+        for name, tensor in sorted(tensors.items()):
+            rows = tensor.T if name == "W_enc" else tensor
+            digest.update(name.encode())
+            digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    # ---- use ----------------------------------------------------------------------------------------------------------
+
+    def pre_activations(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        """(N(x) − b_dec) W_enc + b_enc, in the weights' dtype."""
+        rows, _ = self._normalised(x.to(self.b_dec.dtype))
+        return functional.linear(rows - self.b_dec if self.center else rows, self.encoder, self.b_enc)
+
+    def encode(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
+        """The codes of each row."""
+        return self.activation.codes(self.pre_activations(x), self.b_enc)
+
+    def decode(self, codes: SparseCodes, x: Float[Tensor, "n d_in"] | None = None) -> Float[Tensor, "n d_out"]:
+        """f W_dec + b_dec, and what of it depends on the input. Raises InputError when that is needed and not given."""
+        out = codes.times(self.W_dec) + self.b_dec
+        if self.W_skip is None and self.input_norm == "none":
+            return out
+        if x is None:
+            what = "an input norm" if self.W_skip is None else "a skip path"
+            raise InputError(f"A dictionary with {what} decodes only beside its input", fix="Pass x as well")
+        x = x.to(self.b_dec.dtype)
+        _, scales = self._normalised(x)
+        if scales is not None:
+            out = out * scales.std + scales.mean
+        return out if self.W_skip is None else out + x @ self.W_skip
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The reconstruction (or prediction) for activations of any leading shape, in their own dtype."""
+        rows = x.reshape(-1, self.d_in)
+        return self.decode(self.encode(rows), rows).to(x.dtype).view(*x.shape[:-1], self.d_out)
+
+    def _normalised(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Scales | None]:
+        if self.input_norm == "none":
+            return x, None
+        if self.input_norm == "layer_norm":
+            mean = x.mean(1, keepdim=True)
+            std = x.std(1, keepdim=True) + _EPSILON
+        else:
+            mean = x.new_zeros(len(x), 1)
+            std = x.norm(dim=1, keepdim=True) / self.d_in**0.5 + _EPSILON
+        return (x - mean) / std, Scales(std, mean)
+
+    # ---- the same dictionary in other units ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fold_scales(self, inputs: Float[Tensor, " d_in"], outputs: Float[Tensor, " d_out"]) -> None:
+        """Make a dictionary that was trained on `inputs · x` and `outputs · y` work on x and y themselves.
+
+        Where all scales are one number, the encoder and the decoder stay as they are.
+        """
+        mean = inputs.mean()
+        self.encoder.mul_(inputs / mean)
+        self.b_enc.div_(mean)
+        self.activation.scale_(1 / mean)
+        self.W_dec.mul_(mean / outputs)
+        self.b_dec.div_(outputs)
+        if self.W_skip is not None:
+            self.W_skip.mul_(inputs[:, None] / outputs)
+
+    @torch.no_grad()
+    def fold_decoder_norms(self) -> None:
+        """Give every decoder row unit norm; its codes grow by what it had. Rows of zeros stay."""
+        norms = self.W_dec.norm(dim=1)
+        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        self.W_dec.div_(norms[:, None])
+        self.encoder.mul_(norms[:, None])
+        self.b_enc.mul_(norms)
+        self.activation.scale_(norms)

@@ -1,0 +1,44 @@
+"""Gated dictionaries (Rajamanoharan et al. 2024, arXiv 2404.16014, §3.2, eq. 8).
+
+    π = (x − b_dec) W_enc + b_gate       f = 1[π > 0] ⊙ ReLU(e^r ⊙ (π − b_gate) + b_mag)
+    L = ‖x − x̂‖² + λ Σ ReLU(π) ‖W_dec,i‖ + ‖x − x̂_frozen(ReLU(π))‖²
+
+The step function passes no gradient, so the gate learns from the last two terms; in the last one the decoder is a
+constant. The dictionary's b_enc is b_gate.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from microtome.dictionary import activation as used
+from microtome.dictionary.config import GatedConfig
+from microtome.dictionary.kept import Entries, Kept
+from microtome.dictionary.rules import ReLURule, Step
+
+
+class GatedRule(ReLURule):
+    """The magnitudes' scale `r_mag` and bias `b_mag`, `[S, F]`."""
+
+    def __init__(self, configs: list[GatedConfig]) -> None:
+        super().__init__(list(configs))
+        shape = (len(configs), configs[0].d_sae)
+        self.r_mag, self.b_mag = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
+
+    def values(self, raw: Entries, kept: Kept, step: Step) -> Entries:
+        gate = (raw + kept.latent(step.b_enc)) > 0
+        return (raw * kept.latent(self.r_mag.exp()) + kept.latent(self.b_mag)).relu() * gate
+
+    def penalty(self, raw: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+        return super().penalty(raw, self.frozen_codes(raw, kept, step), kept, step)
+
+    def frozen_codes(self, raw: Entries, kept: Kept, step: Step) -> Entries:
+        return (raw + kept.latent(step.b_enc)).relu()
+
+    def activation(self, member: int, norms: Float[Tensor, " F"]) -> used.Activation:
+        return used.Gated(self.r_mag[member].detach().clone(), self.b_mag[member].detach().clone())
+
+    @torch.no_grad()
+    def begin_with(self, member: int, activation: used.Activation, norms: Float[Tensor, " F"]) -> None:
+        if isinstance(activation, used.Gated):
+            self.r_mag[member], self.b_mag[member] = activation.r_mag, activation.b_mag

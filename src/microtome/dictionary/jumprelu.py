@@ -1,0 +1,107 @@
+"""JumpReLU: f = z·1[z > θ], trained through a straight-through estimator (Rajamanoharan et al. 2024, 2407.14435, §3).
+
+    ∂f/∂z = 1[z > θ]      ∂f/∂θ = −(θ/ε) K((z − θ)/ε)      ∂1[z > θ]/∂θ = −(1/ε) K((z − θ)/ε)      K = 1[|u| < ½]
+
+θ itself is the parameter, in fp32: Adam moves log θ too little, and bf16 does not move at all. With the sparsity
+"tanh" the gradient reaches all parameters (Anthropic, January 2025), which is why it has no estimator of its own.
+Only entries above θ − ε/2 have a gradient, so only those are kept; the penalty on all others (`revive_coefficient`)
+is a sum over whole columns, less the kept ones.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from microtome.dictionary import activation as used
+from microtome.dictionary.config import JumpReLUConfig
+from microtome.dictionary.kept import Entries, Kept
+from microtome.dictionary.rules import ReLURule, Step
+
+
+class JumpReLURule(ReLURule):
+    """Thresholds `[S, F]` in units of z."""
+
+    config: JumpReLUConfig
+
+    def __init__(self, configs: list[JumpReLUConfig]) -> None:
+        super().__init__(list(configs))
+        shape = (len(configs), configs[0].d_sae)
+        self.threshold = nn.Parameter(torch.full(shape, configs[0].start_threshold))
+
+    def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
+        edge = (self.threshold - self.config.bandwidth / 2).detach()[:, None]
+        return self._kept(pre > edge, pre.dtype)
+
+    def values(self, raw: Entries, kept: Kept, step: Step) -> Entries:
+        z = raw + kept.latent(step.b_enc)
+        f: Tensor = JumpReLU.apply(z, kept.latent(self.threshold), self.config.bandwidth)  # type: ignore[no-untyped-call]
+        return f
+
+    def penalty(self, raw: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+        config, strength = self.config, self.strength(step)
+        if config.sparsity == "tanh":
+            sizes = config.tanh_scale * f * kept.latent(step.norms)
+            tanh = strength * kept.member_sums(sizes.tanh() * kept.row(step.weights))
+            return tanh + self._revival(raw, kept, step) if config.revive_coefficient else tanh
+        z = raw + kept.latent(step.b_enc)
+        fires: Tensor = Heaviside.apply(z, kept.latent(self.threshold), config.bandwidth)  # type: ignore[no-untyped-call]
+        counts = kept.member_sums(fires * kept.row(step.weights))
+        if config.sparsity == "step":
+            return strength * counts
+        assert config.target_l0 is not None
+        n = step.weights.sum(1)
+        return strength * n * (counts / n / config.target_l0 - 1).square()
+
+    def _revival(self, raw: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+        """λ_P Σ ReLU(θ − pre) ‖W_dec,i‖ over all entries: the sum of θ − pre, less what it is at those above θ."""
+        excess = (raw + kept.latent(step.b_enc) - kept.latent(self.threshold)).relu()
+        all_entries = kept.shape[1] * self.threshold - step.column_sums()
+        above = kept.member_sums(excess * kept.latent(step.norms))
+        return self.config.revive_coefficient * ((all_entries * step.norms).sum(1) + above)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        self.threshold.clamp_(min=0.0)
+
+    def activation(self, member: int, norms: Float[Tensor, " F"]) -> used.Activation:
+        return used.JumpReLU(self.threshold[member].detach().clone())
+
+    @torch.no_grad()
+    def begin_with(self, member: int, activation: used.Activation, norms: Float[Tensor, " F"]) -> None:
+        if isinstance(activation, used.JumpReLU):
+            self.threshold[member] = activation.threshold
+
+
+class JumpReLU(torch.autograd.Function):
+    """z·1[z > θ], with the estimator above."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return z * (z > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, threshold = ctx.saved_tensors
+        near = (z - threshold).abs() < ctx.bandwidth / 2
+        by_threshold = grad * (near * (-threshold / ctx.bandwidth))
+        return grad * (z > threshold), by_threshold.sum_to_size(threshold.shape), None
+
+
+class Heaviside(torch.autograd.Function):
+    """1[z > θ], whose only gradient is the estimator's, by θ."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return (z > threshold).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, threshold = ctx.saved_tensors
+        near = (z - threshold).abs() < ctx.bandwidth / 2
+        return None, (grad * near * (-1.0 / ctx.bandwidth)).sum_to_size(threshold.shape), None

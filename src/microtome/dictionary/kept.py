@@ -1,0 +1,245 @@
+"""The latents that a training step keeps, and the products through them, with gradients.
+
+Shape legend: S dictionaries of one shape (a *stack*), n activations (rows), F = d_sae latents, d the width; m kept
+entries, an entry being one latent of one member on one row. With m ≪ S·n·F only the product that selects latents is
+dense. Everything else works on the kept entries, and autograd sees two operations:
+
+- `products`  (x − b_dec) · encoder at the kept entries    exact fp32, where the selection was made in bf16
+- `decode`    x̂ = f W_dec                                  a weighted sum of decoder rows
+
+`DenseKept` is the same on whole matrices, in the dtype of the selection: quicker where many latents fire, as they do
+early in a training with an L1 penalty. A number for each entry is `[m]` in the one and `[S, n, F]` in the other;
+losses are written once, for both.
+"""
+
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from microtome.dictionary.products import Transpose, sampled_products, weighted_sums
+
+Entries = Float[Tensor, "..."]
+
+
+@runtime_checkable
+class Kept(Protocol):
+    """Which latents are kept on each row. `Entries` are a number for each of them."""
+
+    shape: tuple[int, int, int]
+
+    def products(
+        self, x: Float[Tensor, "s n d"], b_dec: Float[Tensor, "S d"] | None, encoder: Float[Tensor, "S F d"]
+    ) -> Entries:
+        """(x − b_dec) · encoder at the entries; `x` of one member stands for all."""
+
+    def decode(self, values: Entries, W_dec: Float[Tensor, "S F d"]) -> Float[Tensor, "S n d"]:
+        """Each row's weighted sum of decoder rows."""
+
+    def latent(self, numbers: Float[Tensor, "S F"]) -> Entries:
+        """Each entry's number of its latent."""
+
+    def row(self, numbers: Float[Tensor, "S n"]) -> Entries:
+        """Each entry's number of its row."""
+
+    def member_sums(self, values: Entries) -> Float[Tensor, " S"]:
+        """The sum over each member's entries."""
+
+    def latent_sums(self, values: Entries) -> Float[Tensor, "S F"]:
+        """The sum over each latent's entries."""
+
+    def member_minima(self, values: Entries) -> Float[Tensor, " S"]:
+        """The smallest positive value of each member; infinity where there is none."""
+
+    def edges(self, values: Entries, k: int) -> Entries:
+        """For each entry, the k-th largest value of its member (its smallest, if it has fewer)."""
+
+    def within(self, first: int, stop: int) -> "tuple[Kept, Int[Tensor, ' part'] | slice]":
+        """The entries of latents `first … stop − 1` alone, and how to take their numbers from those of all."""
+
+
+class SparseKept:
+    """Entries in the order of their rows: `latents` `[m]` numbers latents through the stack (member · F + latent),
+    `starts` `[S·n + 1]` says where each row's entries begin."""
+
+    def __init__(
+        self, latents: Int[Tensor, " m"], starts: Int[Tensor, " rows_and_one"], shape: tuple[int, int, int]
+    ) -> None:
+        self.latents, self.starts, self.shape = latents, starts, shape
+
+    @classmethod
+    def of_indices(cls, indices: Int[Tensor, "S n k"], d_sae: int) -> "SparseKept":
+        """k latents on every row."""
+        members, n, k = indices.shape
+        starts = torch.arange(0, members * n * k + 1, k, device=indices.device)
+        return cls(_through_the_stack(indices, d_sae).reshape(-1), starts, (members, n, d_sae))
+
+    @classmethod
+    def of_mask(cls, mask: Bool[Tensor, "S n F"]) -> "SparseKept":
+        """The latents where `mask` is true."""
+        members, n, d_sae = mask.shape
+        starts = functional.pad(mask.view(members * n, d_sae).sum(1).cumsum(0), (1, 0))
+        member, _, latent = mask.nonzero(as_tuple=True)
+        return cls(member * d_sae + latent, starts, (members, n, d_sae))
+
+    @cached_property
+    def rows(self) -> Int[Tensor, " m"]:
+        """The row of each entry, numbered through the stack."""
+        counts = self.starts.diff()
+        rows = torch.arange(len(counts), device=self.latents.device)
+        return torch.repeat_interleave(rows, counts, output_size=len(self.latents))
+
+    @cached_property
+    def transpose(self) -> Transpose:
+        """The entries in the order of their latents; one sorting serves both weight gradients."""
+        members, _, d_sae = self.shape
+        return Transpose(self.latents, self.rows, members * d_sae)
+
+    def products(
+        self, x: Float[Tensor, "s n d"], b_dec: Float[Tensor, "S d"] | None, encoder: Float[Tensor, "S F d"]
+    ) -> Float[Tensor, " m"]:
+        values: Tensor = _Products.apply(x, b_dec, encoder, self)  # type: ignore[no-untyped-call]
+        return values
+
+    def decode(self, values: Float[Tensor, " m"], W_dec: Float[Tensor, "S F d"]) -> Float[Tensor, "S n d"]:
+        decoded: Tensor = _Decode.apply(values, W_dec, self)  # type: ignore[no-untyped-call]
+        return decoded
+
+    def latent(self, numbers: Float[Tensor, "S F"]) -> Float[Tensor, " m"]:
+        return numbers.reshape(-1).index_select(0, self.latents)
+
+    def row(self, numbers: Float[Tensor, "S n"]) -> Float[Tensor, " m"]:
+        return numbers.reshape(-1).index_select(0, self.rows)
+
+    def member_sums(self, values: Float[Tensor, " m"]) -> Float[Tensor, " S"]:
+        members, n, _ = self.shape
+        if members == 1:
+            return values.sum().view(1)
+        return values.new_zeros(members).index_add(0, self.rows // n, values)
+
+    def latent_sums(self, values: Float[Tensor, " m"]) -> Float[Tensor, "S F"]:
+        members, _, d_sae = self.shape
+        return values.new_zeros(members * d_sae).index_add(0, self.latents, values).view(members, d_sae)
+
+    def member_minima(self, values: Float[Tensor, " m"]) -> Float[Tensor, " S"]:
+        members, n, _ = self.shape
+        positive = torch.where(values > 0, values, torch.inf)
+        return positive.new_full((members,), torch.inf).scatter_reduce(0, self.rows // n, positive, "amin")
+
+    def edges(self, values: Float[Tensor, " m"], k: int) -> Float[Tensor, "..."]:
+        members, n, _ = self.shape
+        ends = self.starts[n::n].tolist()
+        pieces = [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        edges = torch.stack([_edge(piece, k) for piece in pieces])
+        return edges if members == 1 else edges[self.rows // n]
+
+    def within(self, first: int, stop: int) -> "tuple[SparseKept, Int[Tensor, ' part']]":
+        members, n, d_sae = self.shape
+        latents = self.latents % d_sae
+        part = ((latents >= first) & (latents < stop)).nonzero().squeeze(1)
+        counts = torch.bincount(self.rows[part], minlength=members * n)
+        return SparseKept(self.latents[part], functional.pad(counts.cumsum(0), (1, 0)), self.shape), part
+
+
+class DenseKept:
+    """Every latent of every row, or those where `mask` is true; products are made in `dtype`."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], *, dtype: torch.dtype, mask: Bool[Tensor, "S n F"] | None = None
+    ) -> None:
+        self.shape, self.dtype, self.mask = shape, dtype, mask
+
+    def products(
+        self, x: Float[Tensor, "s n d"], b_dec: Float[Tensor, "S d"] | None, encoder: Float[Tensor, "S F d"]
+    ) -> Float[Tensor, "S n F"]:
+        centred = (x if b_dec is None else x - b_dec[:, None]).to(self.dtype)
+        return (centred @ encoder.to(self.dtype).mT).float()
+
+    def decode(self, values: Float[Tensor, "S n F"], W_dec: Float[Tensor, "S F d"]) -> Float[Tensor, "S n d"]:
+        kept = values if self.mask is None else values * self.mask
+        return (kept.to(self.dtype) @ W_dec.to(self.dtype)).float()
+
+    def latent(self, numbers: Float[Tensor, "S F"]) -> Float[Tensor, "S 1 F"]:
+        return numbers[:, None]
+
+    def row(self, numbers: Float[Tensor, "S n"]) -> Float[Tensor, "S n 1"]:
+        return numbers[:, :, None]
+
+    def member_sums(self, values: Float[Tensor, "S n F"]) -> Float[Tensor, " S"]:
+        return self._masked(values).sum((1, 2))
+
+    def latent_sums(self, values: Float[Tensor, "S n F"]) -> Float[Tensor, "S F"]:
+        return self._masked(values).sum(1)
+
+    def member_minima(self, values: Float[Tensor, "S n F"]) -> Float[Tensor, " S"]:
+        kept = self._masked(values)
+        return torch.where(kept > 0, kept, torch.inf).amin((1, 2))
+
+    def edges(self, values: Float[Tensor, "S n F"], k: int) -> Float[Tensor, "S 1 1"]:
+        return torch.stack([_edge(each.flatten(), k) for each in self._masked(values)])[:, None, None]
+
+    def within(self, first: int, stop: int) -> "tuple[DenseKept, slice]":
+        mask = torch.zeros(self.shape[2], dtype=torch.bool)
+        mask[first:stop] = True
+        inside = mask.expand(self.shape) if self.mask is None else self.mask & mask.to(self.mask.device)
+        return DenseKept(self.shape, dtype=self.dtype, mask=inside), slice(None)
+
+    def _masked(self, values: Float[Tensor, "S n F"]) -> Float[Tensor, "S n F"]:
+        return values if self.mask is None else values * self.mask
+
+
+class _Products(torch.autograd.Function):
+    """The encoder's product at the kept entries."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b_dec: Tensor | None, encoder: Tensor, kept: SparseKept) -> Tensor:
+        members, n, _ = kept.shape
+        centred = x if b_dec is None else x - b_dec[:, None]
+        rows = centred.expand(members, n, -1).reshape(members * n, -1)
+        ctx.save_for_backward(rows, encoder)
+        ctx.kept, ctx.subtracted = kept, b_dec is not None
+        return sampled_products(kept.latents, kept.starts, rows, encoder.flatten(0, 1))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, encoder = ctx.saved_tensors
+        grad_encoder = ctx.kept.transpose.times(grad, rows).view_as(encoder)
+        if not ctx.subtracted:
+            return None, None, grad_encoder, None
+        # The rows are not of interest one by one: b_dec has the sum of their gradients, taken back.
+        sums = ctx.kept.latent_sums(grad)
+        return None, -(sums[:, None] @ encoder).squeeze(1), grad_encoder, None
+
+
+class _Decode(torch.autograd.Function):
+    """The decoder's product from the kept entries."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, kept: SparseKept) -> Tensor:
+        members, n, _ = kept.shape
+        ctx.save_for_backward(values, W_dec)
+        ctx.kept = kept
+        return weighted_sums(kept.latents, kept.starts, values, W_dec.flatten(0, 1)).view(members, n, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, W_dec = ctx.saved_tensors
+        kept, rows = ctx.kept, grad.flatten(0, 1).contiguous()
+        grad_values = sampled_products(kept.latents, kept.starts, rows, W_dec.flatten(0, 1))
+        grad_W_dec = kept.transpose.times(values, rows).view_as(W_dec) if ctx.needs_input_grad[1] else None
+        return grad_values, grad_W_dec, None
+
+
+def _through_the_stack(indices: Int[Tensor, "S n k"], d_sae: int) -> Int[Tensor, "S n k"]:
+    members = len(indices)
+    return indices + torch.arange(0, members * d_sae, d_sae, device=indices.device)[:, None, None]
+
+
+def _edge(values: Float[Tensor, " m"], k: int) -> Float[Tensor, ""]:
+    """The k-th largest value, or the smallest if there are fewer (zero if there are none)."""
+    if len(values) == 0:
+        return values.new_zeros(())
+    return values.topk(min(k, len(values)), sorted=False).values.min()

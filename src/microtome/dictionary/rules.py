@@ -1,0 +1,221 @@
+"""What makes an architecture: which latents a step keeps, the values they get, and the penalty on them.
+
+A `Rule` belongs to a stack of S members (`stack.py`) and holds the parameters and counters that its architecture adds.
+A step calls, in order, `keep` (from pre-activations without gradient, in the dtype of the selection), `values` (with
+gradient, from the exact products at the kept entries), `penalty`, `observe`, and after the update `after_update`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from microtome.dictionary.activation import Activation, JumpReLU, ReLU, TopK
+from microtome.dictionary.config import (
+    BatchTopKConfig,
+    DictionaryConfig,
+    MatryoshkaConfig,
+    PAnnealConfig,
+    PenaltyConfig,
+    TopKConfig,
+)
+from microtome.dictionary.kept import DenseKept, Entries, Kept, SparseKept
+from microtome.dictionary.selection import batch_top_k, top_k
+
+C = TypeVar("C", bound=DictionaryConfig)
+# Sparse products are about this many times slower for each entry than dense ones in bf16.
+_DENSE_FROM = 1 / 24
+_TINY = 512
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a step is in the run (`fraction` of all steps), and what all rules see: how much each row counts, the stack's
+    decoder norms (with gradient where norms are free), its encoder bias, and each latent's sum of pre-activations over
+    the rows."""
+
+    fraction: float
+    weights: Float[Tensor, "S n"]
+    norms: Float[Tensor, "S F"]
+    b_enc: Float[Tensor, "S F"]
+    column_sums: Callable[[], Float[Tensor, "S F"]]
+
+
+class Rule(nn.Module, ABC, Generic[C]):
+    """One architecture, for the members whose configs are given (they differ in numbers of no shape alone)."""
+
+    def __init__(self, configs: list[C]) -> None:
+        super().__init__()
+        self.configs, self.config = configs, configs[0]
+        self.products: Literal["auto", "sparse", "dense"] = "auto"
+
+    @abstractmethod
+    def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
+        """The latents to keep, given selection pre-activations (bias included)."""
+
+    def values(self, raw: Entries, kept: Kept, step: Step) -> Entries:
+        """f at the kept entries, given the encoder's products there, without bias."""
+        return (raw + kept.latent(step.b_enc)).relu()
+
+    def penalty(self, raw: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+        """What is added to each member's summed squared error."""
+        return f.new_zeros(kept.shape[0])
+
+    def frozen_codes(self, raw: Entries, kept: Kept, step: Step) -> Entries | None:
+        """Codes that must reconstruct the target through a constant decoder as well, if there are any."""
+        return None
+
+    def parts(self, f: Entries, kept: Kept) -> Iterator[tuple[Entries, Kept]]:
+        """The codes piece by piece: after each, what has been decoded so far is compared to the target."""
+        yield f, kept
+
+    def observe(self, f: Entries, kept: Kept, step: Step) -> None:
+        """Take note of the codes of a step (without gradient)."""
+
+    def after_update(self) -> None:
+        """Bring the rule's own parameters back to where they may be."""
+
+    @abstractmethod
+    def activation(self, member: int, norms: Float[Tensor, " F"]) -> Activation:
+        """The activation with which a member is used after training, given the norms of its decoder rows."""
+
+    def begin_with(self, member: int, activation: Activation, norms: Float[Tensor, " F"]) -> None:
+        """Take over what a dictionary's activation holds, for a training that begins with it."""
+
+    def _kept(self, mask: Bool[Tensor, "S n F"], dtype: torch.dtype) -> Kept:
+        """The entries where `mask` is true, with sparse or dense products, whichever are quicker."""
+        members, n, d_sae = mask.shape
+        sparse = self.products == "sparse"
+        if self.products == "auto" and not mask.is_cuda and d_sae > _TINY:
+            sparse = int(mask.sum()) < _DENSE_FROM * mask.numel()
+        return SparseKept.of_mask(mask) if sparse else DenseKept((members, n, d_sae), dtype=dtype, mask=mask)
+
+
+class TopKRule(Rule[TopKConfig]):
+    """The k largest of each row."""
+
+    def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
+        members, n, d_sae = pre.shape
+        scores = pre if self.config.unit_norms else pre * step.norms[:, None].detach().to(pre.dtype)
+        indices = top_k(scores.view(members * n, d_sae), self.config.k_at(step.fraction))
+        if self.products == "sparse" or (self.products == "auto" and d_sae > _TINY):
+            return SparseKept.of_indices(indices.view(members, n, -1), d_sae)
+        mask = torch.zeros(members * n, d_sae, dtype=torch.bool, device=pre.device).scatter_(1, indices, True)
+        return DenseKept((members, n, d_sae), dtype=pre.dtype, mask=mask.view_as(pre))
+
+    def activation(self, member: int, norms: Float[Tensor, " F"]) -> Activation:
+        return TopK(self.config.k)
+
+
+class BatchTopKRule(TopKRule):
+    """The k · n largest of a batch; `threshold` [S] follows the smallest value kept, in units of f · ‖W_dec,i‖."""
+
+    def __init__(self, configs: list[TopKConfig]) -> None:
+        super().__init__(configs)
+        self.threshold: Tensor
+        self.register_buffer("threshold", torch.full((len(configs),), -1.0))
+
+    def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
+        scores = pre if self.config.unit_norms else pre * step.norms[:, None].detach().to(pre.dtype)
+        k = self.config.k_at(step.fraction) * pre.shape[1]
+        return self._kept(torch.stack([batch_top_k(each, k) for each in scores]), pre.dtype)
+
+    def values(self, raw: Entries, kept: Kept, step: Step) -> Entries:
+        """Of the entries that the selection's dtype could not tell apart, the largest by their exact values."""
+        f = super().values(raw, kept, step)
+        sizes = (f * kept.latent(step.norms)).detach()
+        return f * (sizes >= kept.edges(sizes, self.config.k_at(step.fraction) * kept.shape[1]))
+
+    @torch.no_grad()
+    def observe(self, f: Entries, kept: Kept, step: Step) -> None:
+        assert isinstance(self.config, BatchTopKConfig)
+        smallest = kept.member_minima(f * kept.latent(step.norms))
+        decay = self.config.threshold_decay
+        moved = torch.where(self.threshold < 0, smallest, decay * self.threshold + (1 - decay) * smallest)
+        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+
+    def activation(self, member: int, norms: Float[Tensor, " F"]) -> Activation:
+        return JumpReLU(self.threshold[member].clamp_min(0) / norms.clamp_min(1e-12))
+
+    @torch.no_grad()
+    def begin_with(self, member: int, activation: Activation, norms: Float[Tensor, " F"]) -> None:
+        if isinstance(activation, JumpReLU):
+            self.threshold[member] = (activation.threshold * norms).mean()
+
+
+class MatryoshkaRule(BatchTopKRule):
+    """BatchTopK, decoded prefix by prefix."""
+
+    def frozen_codes(self, raw: Entries, kept: Kept, step: Step) -> Entries | None:
+        """Codes that must reconstruct the target through a constant decoder as well, if there are any."""
+        return None
+
+    def parts(self, f: Entries, kept: Kept) -> Iterator[tuple[Entries, Kept]]:
+        assert isinstance(self.config, MatryoshkaConfig)
+        first = 0
+        for stop in self.config.boundaries:
+            inside, part = kept.within(first, stop)
+            yield f[part], inside
+            first = stop
+
+
+class ReLURule(Rule[PenaltyConfig]):
+    """All positive latents, and λ Σ f ‖W_dec,i‖."""
+
+    def __init__(self, configs: list[PenaltyConfig]) -> None:
+        super().__init__(configs)
+        self.coefficient: Tensor
+        self.register_buffer("coefficient", torch.tensor([config.coefficient for config in configs]))
+
+    def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
+        return self._kept(pre > 0, pre.dtype)
+
+    def penalty(self, raw: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+        return self.strength(step) * kept.member_sums(f * kept.latent(step.norms) * kept.row(step.weights))
+
+    def strength(self, step: Step) -> Float[Tensor, " S"]:
+        """λ of each member at this step."""
+        warmup = self.config.coefficient_warmup
+        return self.coefficient * (min(1.0, step.fraction / warmup) if warmup else 1.0)
+
+    def activation(self, member: int, norms: Float[Tensor, " F"]) -> Activation:
+        return ReLU()
+
+
+class PAnnealRule(ReLURule):
+    """ReLU with λ Σ (f ‖W_dec,i‖)^p; `p` falls in steps, at each of which `coefficient` keeps the penalty as it was."""
+
+    def __init__(self, configs: list[PenaltyConfig]) -> None:
+        super().__init__(configs)
+        self.p: Tensor
+        self.register_buffer("p", torch.ones(()))
+
+    def penalty(self, raw: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+        powers = _power(f * kept.latent(step.norms), float(self.p))
+        return self.strength(step) * kept.member_sums(powers * kept.row(step.weights))
+
+    @torch.no_grad()
+    def observe(self, f: Entries, kept: Kept, step: Step) -> None:
+        p = self._p_at(step.fraction)
+        if p == float(self.p):
+            return
+        sizes, rows = f * kept.latent(step.norms), kept.row(step.weights)
+        before, after = (kept.member_sums(_power(sizes, each) * rows) for each in (float(self.p), p))
+        self.coefficient.mul_(torch.where(after > 0, before / after.clamp_min(1e-12), torch.ones_like(after)))
+        self.p.fill_(p)
+
+    def _p_at(self, fraction: float) -> float:
+        config = self.config
+        assert isinstance(config, PAnnealConfig)
+        done = max(0.0, (fraction - config.p_start_at) / (1 - config.p_start_at))
+        return float(torch.tensor(1 - (1 - config.p_end) * int(done * config.p_steps) / config.p_steps))
+
+
+def _power(sizes: Entries, p: float) -> Entries:
+    """Sizes to the power p; zeros stay zeros, and have no gradient."""
+    positive = sizes > 0
+    return torch.where(positive, sizes.clamp_min(1e-12), torch.ones_like(sizes)).pow(p) * positive

@@ -1,0 +1,290 @@
+"""`Stack`: S dictionaries of one shape in training, as parameters with a leading axis of members.
+
+    pre = (x − b_dec) W_enc + b_enc       f = rule(pre)       ŷ = f W_dec + b_dec (+ x W_skip)
+    L   = [Σ w ‖y − ŷ‖² + penalty] / (n · variance)  +  α · Σ w ‖e − ê‖² / Σ w ‖e − ē‖²
+
+The members see the same rows (or, given `[S, n, d]`, each its own) and differ in seed and in numbers such as λ. What
+makes an architecture is in its `Rule`; what is done for dead latents in `revival.py`. The division by the data's
+`variance` changes no ratio: λ keeps the meaning that it has beside a summed squared error.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from microtome.common.device import generator
+from microtome.common.errors import ConfigError
+from microtome.dictionary.config import DictionaryConfig
+from microtome.dictionary.dictionary import Dictionary, Origin
+from microtome.dictionary.kept import Entries, Kept
+from microtome.dictionary.revival import DeadLatents
+from microtome.dictionary.rules import Rule, Step
+
+# Of every member, or (s = 1) of all together.
+Inputs = Float[Tensor, "s n d_in"]
+Targets = Float[Tensor, "s n d_out"]
+_FREE_NORM = 0.1
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step saw, for each member: its loss, FVU, auxiliary loss and L0, and which latents fired."""
+
+    loss: Float[Tensor, " S"]
+    fvu: Float[Tensor, " S"]
+    aux: Float[Tensor, " S"]
+    l0: Float[Tensor, " S"]
+    fired: Bool[Tensor, "S F"]
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """What the first rows say of the data, in scaled units: a centre of x and of y, and the mean ‖y − ȳ‖²."""
+
+    x_center: Float[Tensor, "S d_in"]
+    y_center: Float[Tensor, "S d_out"]
+    variance: float
+
+
+class Stack(nn.Module):
+    """Weights `encoder` `[S, F, d_in]`, `W_dec` `[S, F, d_out]`, `b_enc` `[S, F]`, `b_dec` `[S, d_out]`, and where
+    there is a skip path `W_skip` `[S, d_in, d_out]`."""
+
+    def __init__(self, configs: list[DictionaryConfig], rule: Rule, d_in: int, d_out: int) -> None:  # type: ignore[type-arg]
+        super().__init__()
+        members, self.config = len(configs), configs[0]
+        self.rule, d_sae = rule, self.config.d_sae
+        self.d_in, self.d_out, self.d_sae = d_in, d_out, d_sae
+        self.W_dec = nn.Parameter(torch.zeros(members, d_sae, d_out))
+        self._encoder = None if self.config.tied else nn.Parameter(torch.zeros(members, d_sae, d_in))
+        self.b_enc = nn.Parameter(torch.zeros(members, d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(members, d_out))
+        self.W_skip = nn.Parameter(torch.zeros(members, d_in, d_out)) if self.config.skip else None
+
+    @property
+    def encoder(self) -> Float[Tensor, "S F d_in"]:
+        return self.W_dec if self._encoder is None else self._encoder
+
+    def __len__(self) -> int:
+        return len(self.W_dec)
+
+    # ---- begin --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def initialise(self, data: DataStatistics, seeds: list[int]) -> None:
+        """Random decoder rows and the encoder their transpose; for a transcoder random encoder rows and a decoder of
+        zeros (Paulo et al. 2025, arXiv 2501.18823). Biases so that the mean input has pre-activations of zero."""
+        rows = torch.stack([torch.randn(self.d_sae, self.d_in, generator=generator(s, "decoder")) for s in seeds])
+        rows = functional.normalize(rows, dim=2).to(self.W_dec.device)
+        if self.config.is_transcoder:
+            self.encoder.copy_(rows)
+            if self.config.unit_norms:
+                other = [torch.randn(self.d_sae, self.d_out, generator=generator(s, "output")) for s in seeds]
+                self.W_dec.copy_(functional.normalize(torch.stack(other), dim=2))
+        else:
+            self.W_dec.copy_(rows if self.config.unit_norms else rows * _FREE_NORM)
+            self.encoder.copy_(self.W_dec)
+        if self.config.b_dec_start != "zero":
+            self.b_dec.copy_(data.y_center)
+        if not self.config.centered:
+            self.b_enc.copy_(-(self.encoder @ data.x_center[..., None]).squeeze(-1))
+
+    # ---- a step -------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        x: Inputs,
+        y: Targets,
+        *,
+        variance: float,
+        fraction: float = 0.0,
+        dead: Bool[Tensor, "S F"] | None = None,
+        select_dtype: torch.dtype = torch.float32,
+    ) -> StepReport:
+        """Put the gradients of the loss into `.grad`. `x` and `y` are `[1, n, d]` for rows that all members share,
+        `variance` is the data's mean ‖y − ȳ‖², `dead` marks dead latents, `fraction` is the share of the run behind.
+
+        Latents are selected with a product in `select_dtype`; the values of those kept are exact.
+        """
+        self.zero_grad()
+        b_dec = self.b_dec if self.config.centered else None
+        pre = self.pre_activations(x, select_dtype)
+        weights = self._row_weights(y, variance)
+        step = Step(fraction, weights, self._norms(), self.b_enc, lambda: self._column_sums(x))
+        kept = self.rule.keep(pre, step)
+        raw = kept.products(x, b_dec, self.encoder)
+        f = self.rule.values(raw, kept, step)
+        squared, residual = self._errors(x, y, f, kept, weights)
+        unit = 1.0 / (y.shape[1] * variance)
+        loss = (squared + self.rule.penalty(raw, f, kept, step)) * unit
+        frozen = self.rule.frozen_codes(raw, kept, step)
+        if frozen is not None:
+            loss = loss + self._frozen_error(y, frozen, kept, weights) * unit
+        aux = loss.new_zeros(len(self))
+        if dead is not None and self.config.revival in ("aux", "ghost"):
+            aux = torch.stack(
+                [self._revival(s, x, -residual[s], weights[s], pre[s], dead[s]) for s in range(len(self))]
+            )
+        (loss + aux).sum().backward()
+        self.rule.observe(f.detach(), kept, step)
+        firing = (f > 0).float().detach()
+        counts = kept.latent_sums(firing)
+        fvu = (weights[..., None] * residual.square()).sum((1, 2)) * unit
+        return StepReport((loss + aux).detach(), fvu, aux.detach(), counts.sum(1) / y.shape[1], counts > 0)
+
+    @torch.no_grad()
+    def pre_activations(self, x: Inputs, dtype: torch.dtype) -> Float[Tensor, "S n F"]:
+        """(x − b_dec) W_enc + b_enc in the dtype of the selection, without gradient."""
+        centred = x - self.b_dec[:, None] if self.config.centered else x.expand(len(self), -1, -1)
+        return torch.baddbmm(self.b_enc[:, None].to(dtype), centred.to(dtype), self.encoder.to(dtype).mT)
+
+    def _errors(
+        self, x: Inputs, y: Targets, f: Entries, kept: Kept, weights: Float[Tensor, "S n"]
+    ) -> tuple[Float[Tensor, " S"], Float[Tensor, "S n d_out"]]:
+        """The weighted squared error, as a mean over the rule's parts, and the residual ŷ − y of the whole."""
+        out = self.b_dec[:, None] if self.W_skip is None else self.b_dec[:, None] + x @ self.W_skip
+        errors, residual = [], y
+        for values, part in self.rule.parts(f, kept):
+            out = out + part.decode(values, self.W_dec)
+            residual = out - y
+            errors.append((weights[..., None] * residual.square()).sum((1, 2)))
+        return torch.stack(errors).mean(0), residual.detach()
+
+    def _frozen_error(self, y: Targets, f: Entries, kept: Kept, weights: Float[Tensor, "S n"]) -> Float[Tensor, " S"]:
+        residual = kept.decode(f, self.W_dec.detach()) + self.b_dec.detach()[:, None] - y
+        return (weights[..., None] * residual.square()).sum((1, 2))
+
+    def _revival(
+        self,
+        member: int,
+        x: Inputs,
+        error: Float[Tensor, "n d_out"],
+        weights: Float[Tensor, " n"],
+        pre: Float[Tensor, "n F"],
+        dead: Bool[Tensor, " F"],
+    ) -> Float[Tensor, ""]:
+        """The loss of a member's dead latents, zero where it has none."""
+        candidates = dead.nonzero().squeeze(1)
+        if len(candidates) == 0:
+            return error.new_zeros(())
+        latents = DeadLatents(
+            candidates=candidates,
+            encoder=self.encoder[member],
+            W_dec=self.W_dec[member],
+            b_enc=self.b_enc[member],
+            b_dec=self.b_dec[member] if self.config.centered else None,
+            x=x[member % len(x)],
+            error=error,
+            weights=weights[:, None],
+        )
+        if self.config.revival == "ghost":
+            return self.config.aux_coefficient * latents.ghost()
+        return self.config.aux_coefficient * latents.aux(pre, self.config.aux_k or max(1, self.d_out // 2))
+
+    @torch.no_grad()
+    def _row_weights(self, y: Targets, variance: float) -> Float[Tensor, "S n"]:
+        cap = self.config.outlier_cap
+        if cap is None:
+            return y.new_ones(len(self), y.shape[1])
+        squared = (y - self.b_dec[:, None]).square().sum(2)
+        weights: Tensor = (cap**2 * variance / squared).clamp_max(1.0)
+        return weights
+
+    def _norms(self) -> Float[Tensor, "S F"]:
+        if self.config.unit_norms:
+            return self.b_enc.new_ones(self.b_enc.shape)
+        norms: Tensor = self.W_dec.norm(dim=2)
+        return norms
+
+    def _column_sums(self, x: Inputs) -> Float[Tensor, "S F"]:
+        centred = x - self.b_dec[:, None] if self.config.centered else x.expand(len(self), -1, -1)
+        return (self.encoder @ centred.sum(1)[..., None]).squeeze(-1) + x.shape[1] * self.b_enc
+
+    # ---- between steps --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Shorten gradients that are longer than `clip_norm`; where norms are unit, take out of the decoder's gradient
+        what would only change a row's length (Bricken et al. 2023)."""
+        if self.config.unit_norms and self.W_dec.grad is not None:
+            along = (self.W_dec.grad * self.W_dec).sum(2, keepdim=True)
+            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+        if self.config.clip_norm is not None:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+            factor = (self.config.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
+            for g in gradients:
+                g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Bring decoder rows back to unit norm, where they are kept there, and the rule's parameters to where they may
+        be."""
+        if self.config.unit_norms:
+            functional.normalize(self.W_dec, dim=2, out=self.W_dec)
+        self.rule.after_update()
+
+    # ---- end ------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def export(
+        self,
+        member: int,
+        origin: Origin,
+        in_scales: Float[Tensor, " d_in"] | None = None,
+        out_scales: Float[Tensor, " d_out"] | None = None,
+    ) -> Dictionary:
+        """A member as a dictionary of unscaled activations, given the factors that training applied."""
+        norms = self._norms()[member].detach()
+        sae = Dictionary(
+            self.d_in,
+            self.d_sae,
+            self.rule.activation(member, norms),
+            origin=origin,
+            d_out=self.d_out,
+            center=self.config.centered,
+            skip=self.W_skip is not None,
+        ).to(self.W_dec.device)
+        sae.encoder.copy_(self.encoder[member])
+        for name in ("W_dec", "b_enc", "b_dec", *(["W_skip"] if self.W_skip is not None else [])):
+            sae.get_parameter(name).copy_(self.get_parameter(name)[member])
+        if not self.config.unit_norms:
+            sae.fold_decoder_norms()
+        if in_scales is not None and out_scales is not None:
+            sae.fold_scales(in_scales, out_scales)
+        return sae.requires_grad_(False)
+
+    @torch.no_grad()
+    def begin_with(
+        self, member: int, sae: Dictionary, in_scales: Float[Tensor, " d_in"], out_scales: Float[Tensor, " d_out"]
+    ) -> None:
+        """Begin with the weights of a dictionary of unscaled activations (fine-tuning), the inverse of `export`.
+
+        Raises ConfigError when its sizes, or what it takes from its input, are others.
+        """
+        sizes = (self.d_in, self.d_sae, self.d_out, self.config.centered, self.W_skip is not None)
+        found = (sae.d_in, sae.d_sae, sae.d_out, sae.center, sae.W_skip is not None)
+        if sizes != found or sae.input_norm != "none":
+            raise ConfigError(
+                "The dictionary to fine-tune is of another kind than its config",
+                got=f"(d_in, d_sae, d_out, center, skip) = {found}, input norm {sae.input_norm}",
+                expected=f"{sizes}, input norm none",
+            )
+        start = copy.deepcopy(sae).to(self.W_dec.device, torch.float32)
+        if self.config.unit_norms:
+            start.fold_decoder_norms()
+        start.fold_scales(1 / in_scales, 1 / out_scales)
+        self.encoder[member] = start.encoder
+        for name in ("W_dec", "b_enc", "b_dec", *(["W_skip"] if self.W_skip is not None else [])):
+            self.get_parameter(name)[member] = start.get_parameter(name)
+        self.rule.begin_with(member, start.activation, self._norms()[member])
+
+    @torch.no_grad()
+    def reconstruct(self, member: int, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
+        """What a member makes of scaled activations, as it would after training."""
+        decoded: Tensor = self.export(member, Origin.at("", "scaled"))(x)
+        return decoded

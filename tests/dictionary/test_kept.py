@@ -1,0 +1,158 @@
+"""Selection and sparse products, with their gradients, against dense twins."""
+
+import pytest
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from microtome.common.errors import ConfigError
+from microtome.dictionary import SparseCodes
+from microtome.dictionary.config import (
+    BatchTopKConfig,
+    JumpReLUConfig,
+    MatryoshkaConfig,
+    ReLUConfig,
+    TopKConfig,
+    describe,
+    parse_config,
+)
+from microtome.dictionary.kept import DenseKept, SparseKept
+from microtome.dictionary.products import Transpose, sampled_products, weighted_sums
+from microtome.dictionary.selection import batch_top_k, top_k
+
+S, N, D, F, K = 2, 20, 7, 33, 4
+
+
+@pytest.fixture
+def mask() -> Bool[Tensor, "S n F"]:
+    chosen = torch.rand(S, N, F, generator=torch.Generator().manual_seed(0)) < 0.15
+    chosen[0, 3] = False  # a row without entries
+    chosen[:, :, 5] = False  # a latent without entries
+    return chosen
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_top_k_finds_the_largest_of_each_row() -> None:
+    pre = normal(50, 1024).bfloat16()
+    found = pre.gather(1, top_k(pre, 32)).sort(1).values
+    assert torch.equal(found, pre.sort(1).values[:, -32:])
+
+
+def test_batch_top_k_finds_the_largest_positive_of_the_batch() -> None:
+    pre = normal(30, 40)
+    mask = batch_top_k(pre, 90)
+    edge = pre.flatten().sort(descending=True).values[89]
+    assert torch.equal(mask, pre >= edge)
+    assert int(batch_top_k(pre, 1100).sum()) == int((pre > 0).sum())
+    assert torch.equal(batch_top_k(pre, 1200), pre > 0)
+
+
+def test_products_at_entries_are_those_of_dense_matrices(mask: Bool[Tensor, "S n F"]) -> None:
+    one, x, weight = mask[0], normal(N, D), normal(F, D, seed=2)
+    kept = SparseKept.of_mask(mask[:1])
+    values = normal(len(kept.latents), seed=3)
+    dense = torch.zeros(N, F)
+    dense[one] = values
+    torch.testing.assert_close(weighted_sums(kept.latents, kept.starts, values, weight), dense @ weight)
+    torch.testing.assert_close(sampled_products(kept.latents, kept.starts, x, weight), (x @ weight.T)[one])
+    torch.testing.assert_close(Transpose(kept.latents, kept.rows, F).times(values, x), dense.T @ x)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("centred", [True, False])
+def test_both_kinds_of_products_have_the_same_values_and_gradients(
+    mask: Bool[Tensor, "S n F"], shared: bool, centred: bool
+) -> None:
+    x = normal(1 if shared else S, N, D)
+    found = []
+    for kept in (SparseKept.of_mask(mask), DenseKept((S, N, F), dtype=torch.float32, mask=mask)):
+        encoder, W_dec = (normal(S, F, D, seed=seed).requires_grad_() for seed in (2, 3))
+        b_dec = normal(S, D, seed=4).requires_grad_()
+        raw = kept.products(x, b_dec if centred else None, encoder)
+        f = (raw * kept.latent(normal(S, F, seed=5)) * kept.row(normal(S, N, seed=6))).relu()
+        out = kept.decode(f, W_dec)
+        ((out * normal(S, N, D, seed=7)).sum() + kept.member_sums(f.square()) @ torch.tensor([1.0, 2.0])).backward()
+        gradients = [p.grad for p in (encoder, W_dec, *([b_dec] if centred else []))]
+        sums = (kept.latent_sums(f.detach()), kept.member_minima(f.detach()), kept.member_sums(f.detach()))
+        found.append([out, *gradients, *sums])
+    for sparse, dense in zip(*found, strict=True):
+        torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-4)
+
+
+def test_parts_of_the_latents_and_edges(mask: Bool[Tensor, "S n F"]) -> None:
+    W_dec, numbers = normal(S, F, D, seed=3), normal(S, N, F, seed=8).abs()
+    sparse, dense = SparseKept.of_mask(mask), DenseKept((S, N, F), dtype=torch.float32, mask=mask)
+    entries = numbers[mask]
+    for first, stop in ((0, 10), (10, F)):
+        a, part = sparse.within(first, stop)
+        b, whole = dense.within(first, stop)
+        torch.testing.assert_close(a.decode(entries[part], W_dec), b.decode(numbers[whole], W_dec))
+    for k in (3, 40):
+        assert torch.equal(sparse.edges(entries, k).expand(len(entries)), dense.edges(numbers, k).expand(S, N, F)[mask])
+
+
+def test_fixed_numbers_of_latents_are_entries_too() -> None:
+    pre = normal(S, N, F)
+    indices = top_k(pre.view(S * N, F), K).view(S, N, K)
+    kept = SparseKept.of_indices(indices, F)
+    mask = torch.zeros(S, N, F, dtype=torch.bool).scatter_(2, indices, True)
+    ones = torch.ones(len(kept.latents))
+    torch.testing.assert_close(kept.latent_sums(ones), mask.float().sum(1))
+    assert torch.equal(kept.rows, torch.arange(S * N).repeat_interleave(K))
+
+
+def test_codes_to_dense_and_back() -> None:
+    f: Float[Tensor, "n f"] = normal(N, F).relu() * (normal(N, F, seed=2) > 0)
+    f[3] = 0
+    codes = SparseCodes.of_dense(f)
+    assert torch.equal(codes.to_dense(), f)
+    torch.testing.assert_close(codes.l0, (f > 0).sum(1).float())
+    W_dec = normal(F, D)
+    torch.testing.assert_close(codes.times(W_dec), f @ W_dec)
+    assert SparseCodes.of_dense(torch.zeros(2, F)).indices.shape == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"architecture": "topk", "d_sae": 8, "k": 9}, "k must be"),
+        ({"architecture": "topk", "d_sae": 8, "k": 0}, "k must be"),
+        ({"architecture": "topk", "d_sae": 8, "k": 2, "k_start": 1}, "k_start"),
+        ({"architecture": "topk", "d_sae": 8, "k": 2, "aux_k": 0}, "aux_k"),
+        ({"architecture": "topk", "d_sae": 8, "k": 2, "dead_after": 0}, "dead_after"),
+        ({"architecture": "topk", "d_sae": 8, "k": 2, "outputs": ["b"], "tied": True, "inputs": ["a"]}, "tied"),
+        ({"architecture": "topk", "d_sae": 8, "k": 2, "skip": True}, "skip"),
+        ({"architecture": "topk", "d_sae": 8, "k": 2, "betas": [0.9, 1.0]}, "betas"),
+        ({"architecture": "topk", "d_sae": 8, "k": 2, "revival": "prayer"}, "revival"),
+        ({"architecture": "standard", "d_sae": 8, "coefficient": -1.0}, "coefficient"),
+        ({"architecture": "jumprelu", "d_sae": 8, "sparsity": "quadratic"}, "target_l0"),
+        ({"architecture": "jumprelu", "d_sae": 8, "bandwidth": 0.0}, "bandwidth"),
+        ({"architecture": "p_anneal", "d_sae": 8, "p_end": 0.0}, "p_end"),
+        ({"architecture": "matryoshka", "d_sae": 8, "k": 2, "prefixes": [0.5, 0.25, 1.0]}, "prefixes"),
+        ({"architecture": "batchtopk", "d_sae": 8, "k": 2, "threshold_decay": 1.0}, "threshold_decay"),
+        ({"architecture": "topkk", "d_sae": 8, "k": 2}, "Did you mean"),
+        ({"architecture": "topk", "d_sae": 8, "kk": 2}, "kk"),
+        ({"d_sae": 8, "k": 2}, "names its architecture"),
+    ],
+)
+def test_configs_that_cannot_be(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(wrong)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TopKConfig(d_sae=8, k=2, inputs=("a", "b")),
+        BatchTopKConfig(d_sae=8, k=2, lr=1e-3),
+        MatryoshkaConfig(d_sae=8, k=2, prefixes=(0.5, 1.0)),
+        ReLUConfig(d_sae=8, betas=(0.0, 0.999)),
+        JumpReLUConfig(d_sae=8, sparsity="tanh", outlier_cap=None),
+    ],
+    ids=lambda config: config.architecture,
+)
+def test_a_config_comes_back_from_its_description(config: TopKConfig) -> None:
+    assert parse_config(describe(config)) == config

@@ -42,9 +42,9 @@ _HOMES = {
     "phase_diagram": "microtome.toy.phase",
     "Vulnerability": "microtome.toy.adversarial",
     "vulnerability": "microtome.toy.adversarial",
-    "DoubleDescentConfig": "microtome.toy.double_descent",
-    "DataSetSize": "microtome.toy.double_descent",
-    "double_descent": "microtome.toy.double_descent",
+    "DoubleDescentConfig": "microtome.toy.descent",
+    "DataSetSize": "microtome.toy.descent",
+    "double_descent": "microtome.toy.descent",
     "SyntheticData": "microtome.toy.synthetic",
     "Recovery": "microtome.toy.synthetic",
     "recovery": "microtome.toy.synthetic",
@@ -55,9 +55,9 @@ __all__ = list(_HOMES)
 if TYPE_CHECKING:
     from microtome.toy.adversarial import Vulnerability as Vulnerability
     from microtome.toy.adversarial import vulnerability as vulnerability
-    from microtome.toy.double_descent import DataSetSize as DataSetSize
-    from microtome.toy.double_descent import DoubleDescentConfig as DoubleDescentConfig
-    from microtome.toy.double_descent import double_descent as double_descent
+    from microtome.toy.descent import DataSetSize as DataSetSize
+    from microtome.toy.descent import DoubleDescentConfig as DoubleDescentConfig
+    from microtome.toy.descent import double_descent as double_descent
     from microtome.toy.features import Features as Features
     from microtome.toy.features import FixedData as FixedData
     from microtome.toy.features import fixed_data as fixed_data

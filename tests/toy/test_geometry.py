@@ -34,7 +34,8 @@ def plain_dimensionality(W: list[list[float]], i: int) -> float:
 
 
 def block(*parts: Tensor) -> Tensor:
-    return torch.block_diag(*parts)
+    whole: Tensor = torch.block_diag(*parts)
+    return whole
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_interference_is_what_others_put_into_a_direction() -> None:
     W = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.0, 3.0]])
     assert interference(W).tolist() == pytest.approx([1.0, 4.0, 0.0])
     assert n_represented(W).item() == 3
-    assert n_represented(0.4 * W).tolist() == 2
+    assert n_represented(0.4 * W).item() == 2
     batched = torch.stack([W, torch.zeros_like(W)])
     assert interference(batched)[1].tolist() == [0, 0, 0]
     assert dimensionality(batched)[1].tolist() == [0, 0, 0]

@@ -18,7 +18,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "relu hidden": {"hidden": "relu"},
     "absolute value": {"hidden": "relu", "tied": False, "target": "absolute"},
 }
-SMALL = {"n_features": 5, "n_hidden": 3, "n_instances": 2}
+SMALL: dict[str, Any] = {"n_features": 5, "n_hidden": 3, "n_instances": 2}
 
 
 def made(name: str, seed: int = 0) -> ToyModel:
@@ -77,7 +77,8 @@ def test_gradients_equal_finite_differences() -> None:
     def loss(w_in: Tensor, w_out: Tensor, b: Tensor) -> Tensor:
         named = {"W_in": w_in, "W_untied": w_out, "b": b}
         out = torch.func.functional_call(model, named, (x,))
-        return ((out - x.abs()).square() * rows[:, None]).mean()
+        error: Tensor = ((out - x.abs()).square() * rows[:, None]).mean()
+        return error
 
     assert model.W_untied is not None
     arguments = [p.detach().clone().requires_grad_() for p in (model.W_in, model.W_untied, model.b)]
@@ -101,7 +102,7 @@ def test_the_start_is_xaviers_and_the_seed_decides() -> None:
 def test_turning_a_linear_hidden_space_changes_nothing(name: str) -> None:
     model, x = made(name), batch()
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(2))).Q
-    change = float((model.rotated(turn)(x) - model(x)).abs().max())
+    change = float((model.rotated(turn)(x) - model(x)).abs().max().detach())
     if model.config.hidden == "linear":
         assert change < 1e-5
     else:

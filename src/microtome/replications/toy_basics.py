@@ -122,7 +122,7 @@ def linear_and_relu(config: ToyModelsConfig) -> Found:
     importance, n = [0.7**i for i in range(20)], len(_SPARSITIES)
     found = {}
     for output in ("linear", "relu"):
-        shape = ToyConfig(n_features=20, n_hidden=5, n_instances=n, output=output, seed=config.seed)  # type: ignore[arg-type]
+        shape = ToyConfig(n_features=20, n_hidden=5, n_instances=n, output=output, seed=config.seed)
         found[output] = ToyModel(shape)
         train_toy(found[output], Features(20, _SPARSITIES, n), config.train, importance=importance)
     linear, relu = (found[name].W_in.detach() for name in ("linear", "relu"))

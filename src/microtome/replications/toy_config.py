@@ -10,13 +10,14 @@ from microtome.toy import DoubleDescentConfig, TrainToyConfig, spaced
 class ToyModelsConfig:
     """Sizes of the experiments; the set-ups themselves (n, m, importances) are the papers' and stand with each step.
 
-    `n_steps` and `batch_size` are those of the small models (Adam, lr 1e-3), `seeds` how many pentagons are tried, `best_of`
+    `n_steps`, `lr` and `batch_size` are those of the small models (Adam), `seeds` how many pentagons are tried, `best_of`
     how many starts each setting has where the lowest loss is chosen. `grid` is the number of densities of the phase diagrams
     (and of relative importances, one less or more to be odd). `geometry_*`, `computation_*`: the larger models.
     `descent_*`: data-set double descent. `dictionary_*`: sparse autoencoders on the hidden space of toy models.
     """
 
     n_steps: int = 5000
+    lr: float = 1e-3
     batch_size: int = 1024
     seeds: int = 32
     best_of: int = 8
@@ -63,7 +64,7 @@ class ToyModelsConfig:
 
     def train_for(self, n_steps: int) -> TrainToyConfig:
         """The same for other numbers of steps."""
-        return TrainToyConfig(n_steps=n_steps, batch_size=self.batch_size, seed=self.seed)
+        return TrainToyConfig(n_steps=n_steps, batch_size=self.batch_size, lr=self.lr, seed=self.seed)
 
     @property
     def phase(self) -> TrainToyConfig:

@@ -23,6 +23,7 @@ from microtome.replications.frame import Found, claim
 from microtome.replications.toy_config import ToyModelsConfig
 from microtome.toy import Features, Recovery, ToyConfig, ToyModel, recovery, train_toy
 from microtome.views import Claim, Directions, Table, at_least, at_most
+from microtome.views.report import Cell
 
 _ARENA, _DENSITY, _LATENTS = "ARENA 1.5.4", 0.025, 5
 KINDS = ("ReLU", "ReLU, resampled", "Gated, resampled", "JumpReLU, resampled")
@@ -235,7 +236,7 @@ def _table(found: list[Trained]) -> Table:
         "mean firing rate",
         "variance explained",
     ]
-    rows = [
+    rows: list[list[Cell]] = [
         [
             one.kind,
             f"{one.full} of {len(one.firing)}",

@@ -28,6 +28,7 @@ from microtome.toy import (
 )
 from microtome.toy.geometry import REPRESENTED
 from microtome.views import Lines, Scatter, Series, Table, at_least, at_most
+from microtome.views.report import Cell
 
 _STUCK = (0.5, 0.3)
 _SHAPES = ("digon", "triangle", "pentagon", "square antiprism", "tetrahedron")
@@ -116,7 +117,7 @@ def _drawn(densities: tuple[float, ...], W: Tensor, D: Tensor, stored: Tensor) -
 
 
 def _table(densities: tuple[float, ...], W: Tensor, D: Tensor) -> Table:
-    rows = []
+    rows: list[list[Cell]] = []
     for i, p in enumerate(densities):
         shapes = Counter(group.name for group in groups(W[i])).most_common(4)
         found = ", ".join(f"{count} × {name}" for name, count in shapes) or "none"

@@ -23,7 +23,8 @@ def attack_directions(model: ToyModel) -> Float[Tensor, "instance feature featur
     W_out W_in, (WᵀW)_i where the model is tied. Raises ConfigError for a hidden ReLU, where the direction depends on the input."""
     require(model.config.hidden == "linear", "The attack is known for a linear hidden layer", got=model.config.hidden)
     rows = (model.W_out @ model.W_in).detach()
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    result: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,4 +61,5 @@ def vulnerability(
 
 
 def _error(model: ToyModel, given: Tensor, meant: Tensor) -> Float[Tensor, "instance batch"]:
-    return (model(given) - model.target(meant)).square().sum(dim=-1)
+    result: Tensor = (model(given) - model.target(meant)).square().sum(dim=-1)
+    return result

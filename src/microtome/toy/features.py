@@ -86,7 +86,8 @@ class FixedData:
 
 def unit_norm(batch: Batch) -> Batch:
     """Each input divided by its length; an input in which nothing fires stays zero."""
-    return batch / batch.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    result: Tensor = batch / batch.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return result
 
 
 def fixed_data(features: Features, n_points: int, rng: torch.Generator, *, normalise: bool = True) -> FixedData:

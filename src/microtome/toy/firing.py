@@ -78,7 +78,8 @@ class Apart:
     def __call__(self, density: Density, n: int, rng: torch.Generator) -> Fires:
         one = _uniform(density, n, density.shape[1] // self.size, rng).repeat_interleave(self.size, dim=-1)
         ends = density.unflatten(1, (-1, self.size)).cumsum(-1).flatten(1)
-        return (one < ends[:, None]) & (one >= (ends - density)[:, None])
+        result: Tensor = (one < ends[:, None]) & (one >= (ends - density)[:, None])
+        return result
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ class Copula:
     def __call__(self, density: Density, n: int, rng: torch.Generator) -> Fires:
         normal = torch.randn(len(density), n, density.shape[1], generator=rng, device=density.device)
         threshold = torch.special.ndtri(density.double()).float()
-        return normal @ self._factor.T.to(density.device) < threshold[:, None]
+        result: Tensor = normal @ self._factor.T.to(density.device) < threshold[:, None]
+        return result
 
 
 @dataclass(frozen=True)

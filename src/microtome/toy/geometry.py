@@ -40,7 +40,8 @@ def interference(W: Float[Tensor, "*n hidden feature"]) -> Float[Tensor, "*n fea
     """Σ_{j≠i} (Ŵ_i · W_j)²: how much of the others lies in feature i's direction (the paper's colour of a feature)."""
     norm = W.norm(dim=-2)
     overlap = W.transpose(-1, -2) @ W / norm.clamp_min(1e-6)[..., None]
-    return overlap.square().sum(dim=-1) - overlap.diagonal(dim1=-1, dim2=-2).square()
+    result: Tensor = overlap.square().sum(dim=-1) - overlap.diagonal(dim1=-1, dim2=-2).square()
+    return result
 
 
 def n_represented(W: Float[Tensor, "*n hidden feature"], threshold: float = REPRESENTED) -> Tensor:
@@ -51,7 +52,8 @@ def n_represented(W: Float[Tensor, "*n hidden feature"], threshold: float = REPR
 def cosines(W: Float[Tensor, "*n hidden feature"]) -> Float[Tensor, "*n feature feature"]:
     """Ŵ_i · Ŵ_j."""
     unit = W / W.norm(dim=-2, keepdim=True).clamp_min(1e-12)
-    return unit.transpose(-1, -2) @ unit
+    result: Tensor = unit.transpose(-1, -2) @ unit
+    return result
 
 
 def angle_gaps(W: Float[Tensor, "two feature"], threshold: float = REPRESENTED) -> Float[Tensor, " represented"]:
@@ -84,7 +86,8 @@ def simplex(n: int) -> Float[Tensor, "m n"]:
     centred = torch.eye(n, dtype=torch.float64) - 1 / n
     values, vectors = torch.linalg.eigh(centred)
     corners = vectors[:, values > 0.5].T @ centred
-    return corners / corners.norm(dim=0)
+    result: Tensor = corners / corners.norm(dim=0)
+    return result
 
 
 def square_antiprism() -> Float[Tensor, "3 8"]:

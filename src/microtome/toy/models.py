@@ -81,11 +81,13 @@ class ToyModel(nn.Module):
                 got=list(x.shape),
                 expected=[c.n_instances, "batch", c.n_features],
             )
-        return _ACTIVATIONS[c.hidden](x @ self.W_in.transpose(1, 2))
+        result: Tensor = _ACTIVATIONS[c.hidden](x @ self.W_in.transpose(1, 2))
+        return result
 
     def decode(self, h: Float[Tensor, "instance batch hidden"]) -> Float[Tensor, "instance batch feature"]:
         """The output that the hidden layer `h` gives."""
-        return _ACTIVATIONS[self.config.output](torch.baddbmm(self.b[:, None], h, self.W_out.transpose(1, 2)))
+        result: Tensor = _ACTIVATIONS[self.config.output](torch.baddbmm(self.b[:, None], h, self.W_out.transpose(1, 2)))
+        return result
 
     def forward(self, x: Float[Tensor, "instance batch feature"]) -> Float[Tensor, "instance batch feature"]:
         return self.decode(self.encode(x))
@@ -102,7 +104,8 @@ class ToyModel(nn.Module):
         """Mean over batch and features of I_i (x_i − x'_i)², for each instance."""
         error = (self(x) - self.target(x)).square()
         weighted = error if importance is None else error * importance[:, None]
-        return weighted.mean(dim=(1, 2))
+        result: Tensor = weighted.mean(dim=(1, 2))
+        return result
 
     def take(self, instances: Tensor | list[int]) -> "ToyModel":
         """A model of some of the instances (copies of their weights)."""

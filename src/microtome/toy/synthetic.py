@@ -98,7 +98,7 @@ class Recovery:
 
 
 def recovery(
-    truth: Float[Tensor, "*n n_true d"], learned: Float[Tensor, "*n n_learned d"], *, threshold: float = 0.95
+    truth: Float[Tensor, "*n n_true d"], learned: Float[Tensor, "*n n_learned d_learned"], *, threshold: float = 0.95
 ) -> Recovery:
     """The nearest learned direction of each true one, by signed cosine: the opposite direction is no match. Lengths do not
     matter. A learned direction may match two true ones only if those are that near to each other.

@@ -44,7 +44,8 @@ class Trials:
     @property
     def W(self) -> Float[Tensor, "setting seed hidden feature"]:  # noqa: N802
         """All directions."""
-        return self.model.W_in.detach().unflatten(0, tuple(self.losses.shape))
+        result: Tensor = self.model.W_in.detach().unflatten(0, tuple(self.losses.shape))
+        return result
 
 
 def trials(

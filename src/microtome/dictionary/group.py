@@ -18,7 +18,7 @@ from microtome.dictionary.architectures import make_rule
 from microtome.dictionary.config import DictionaryConfig, PenaltyConfig
 from microtome.dictionary.dictionary import Dictionary, Origin
 from microtome.dictionary.formats import load_dictionary
-from microtome.dictionary.revival import resample
+from microtome.dictionary.resampling import resample
 from microtome.dictionary.stack import DataStatistics, Stack, StepReport
 from microtome.dictionary.statistics import geometric_median
 

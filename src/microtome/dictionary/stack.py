@@ -21,7 +21,7 @@ from microtome.common.errors import ConfigError
 from microtome.dictionary.config import DictionaryConfig
 from microtome.dictionary.dictionary import Dictionary, Origin
 from microtome.dictionary.kept import Entries, Kept
-from microtome.dictionary.revival import revival_loss
+from microtome.dictionary.revival import DeadLatents
 from microtome.dictionary.rules import Rule, Step
 
 # Of every member, or (s = 1) of all together.
@@ -126,7 +126,9 @@ class Stack(nn.Module):
             loss = loss + self._frozen_error(y, frozen, kept, weights) * unit
         aux = loss.new_zeros(len(self))
         if dead is not None and self.config.revival in ("aux", "ghost"):
-            aux = revival_loss(self, x, -residual, weights, pre, dead)
+            aux = torch.stack(
+                [self._revival(s, x, -residual[s], weights[s], pre[s], dead[s]) for s in range(len(self))]
+            )
         (loss + aux).sum().backward()
         self.rule.observe(f.detach(), kept, step)
         firing = (f > 0).float().detach()
@@ -155,6 +157,33 @@ class Stack(nn.Module):
     def _frozen_error(self, y: Targets, f: Entries, kept: Kept, weights: Float[Tensor, "S n"]) -> Float[Tensor, " S"]:
         residual = kept.decode(f, self.W_dec.detach()) + self.b_dec.detach()[:, None] - y
         return (weights[..., None] * residual.square()).sum((1, 2))
+
+    def _revival(
+        self,
+        member: int,
+        x: Inputs,
+        error: Float[Tensor, "n d_out"],
+        weights: Float[Tensor, " n"],
+        pre: Float[Tensor, "n F"],
+        dead: Bool[Tensor, " F"],
+    ) -> Float[Tensor, ""]:
+        """The loss of a member's dead latents, zero where it has none."""
+        candidates = dead.nonzero().squeeze(1)
+        if len(candidates) == 0:
+            return error.new_zeros(())
+        latents = DeadLatents(
+            candidates=candidates,
+            encoder=self.encoder[member],
+            W_dec=self.W_dec[member],
+            b_enc=self.b_enc[member],
+            b_dec=self.b_dec[member] if self.config.centered else None,
+            x=x[member % len(x)],
+            error=error,
+            weights=weights[:, None],
+        )
+        if self.config.revival == "ghost":
+            return self.config.aux_coefficient * latents.ghost()
+        return self.config.aux_coefficient * latents.aux(pre, self.config.aux_k or max(1, self.d_out // 2))
 
     @torch.no_grad()
     def _row_weights(self, y: Targets, variance: float) -> Float[Tensor, "S n"]:

@@ -167,7 +167,7 @@ def interpolate(trials: Sequence[Trial], target_l0: float) -> float:
         return _beyond(trials, target_l0)
     high, low = (math.log(max(each.l0, _LEAST)) for each in ends)
     share = 0.5 if high == low else min(1.0, (high - math.log(target_l0)) / (high - low))
-    return ends[0].coefficient * (ends[1].coefficient / ends[0].coefficient) ** share
+    return float(ends[0].coefficient * (ends[1].coefficient / ends[0].coefficient) ** share)
 
 
 def _beyond(trials: Sequence[Trial], target_l0: float) -> float:

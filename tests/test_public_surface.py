@@ -26,6 +26,7 @@ SURFACE = {
         "load_dictionary",
         "EvaluateConfig",
         "evaluate",
+        "compare",
     ),
     *("IndexConfig", "build_index", "open_index"),
     "replicate",

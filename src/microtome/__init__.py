@@ -32,6 +32,7 @@ _HOMES = {
     "load_dictionary": "microtome.dictionary",
     "EvaluateConfig": "microtome.dictionary",
     "evaluate": "microtome.dictionary",
+    "compare": "microtome.dictionary",
     "IndexConfig": "microtome.features",
     "build_index": "microtome.features",
     "open_index": "microtome.features",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from microtome.dictionary import ReLUConfig as ReLUConfig
     from microtome.dictionary import TopKConfig as TopKConfig
     from microtome.dictionary import TrainConfig as TrainConfig
+    from microtome.dictionary import compare as compare
     from microtome.dictionary import evaluate as evaluate
     from microtome.dictionary import load_dictionary as load_dictionary
     from microtome.dictionary import train as train

@@ -112,12 +112,17 @@ def test_the_range_is_moved_towards_the_target(coefficient: float) -> None:
 )
 def test_what_cannot_be_searched(dictionary: DictionaryConfig, target: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        search_coefficient(dictionary, source(), target, config=TRAIN)  # type: ignore[type-var]
+        search_coefficient(dictionary, source(), target, config=TRAIN)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"share": 0.0}, "share"), ({"factors": (2.0, 1.0)}, "rise"), ({"rounds": 0}, "rounds"), ({"closer": 1}, "closer")],
+    [
+        ({"share": 0.0}, "share"),
+        ({"factors": (2.0, 1.0)}, "rise"),
+        ({"rounds": 0}, "rounds"),
+        ({"closer": 1}, "closer"),
+    ],
     ids=["share", "factors", "rounds", "closer"],
 )
 def test_search_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:

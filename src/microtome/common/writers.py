@@ -70,7 +70,9 @@ def _clear(file: Path, folder: Path) -> None:
         )
     if found and found["pid"] != os.getpid() and _alive(found["pid"], found.get("began")):
         raise ArtifactError(
-            f"{folder} is being written by another process", got=who, fix="Wait until it has ended, or choose another folder"
+            f"{folder} is being written by another process",
+            got=who,
+            fix="Wait until it has ended, or choose another folder",
         )
     # Two may come to this at once. The one that is later must not remove the file that the earlier has made since.
     aside = file.with_name(f"{file.name}.{uuid.uuid4().hex}")

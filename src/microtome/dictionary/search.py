@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -25,7 +24,6 @@ from microtome.common.errors import ConfigError, InputError
 from microtome.dictionary.config import DictionaryConfig, JumpReLUConfig, PenaltyConfig
 from microtome.dictionary.trainer import TrainConfig, Trainer
 
-P = TypeVar("P", bound=DictionaryConfig)
 _MEASURED_BATCHES = 4
 _FEWEST_STEPS = 200
 _MOST_CARRIED = 4.0
@@ -63,13 +61,13 @@ class Trial:
 
 
 def search_coefficient(
-    dictionary: P,
+    dictionary: DictionaryConfig,
     source: ActivationSource,
     target_l0: float,
     *,
     config: TrainConfig | None = None,
     search: SearchConfig | None = None,
-) -> P:
+) -> PenaltyConfig:
     """`dictionary` with the coefficient with which the training `config` should end at `target_l0` latents per row.
 
     Raises ConfigError for an architecture whose L0 is set otherwise or a target that cannot be, InputError where no
@@ -91,7 +89,7 @@ def search_coefficient(
         center = interpolate(trials, target_l0)
         if bracket(trials, target_l0) is not None:
             break
-    return replace(dictionary, coefficient=center)
+    return replace(penalised, coefficient=center)
 
 
 def _rough(
@@ -169,7 +167,7 @@ def interpolate(trials: Sequence[Trial], target_l0: float) -> float:
         return _beyond(trials, target_l0)
     high, low = (math.log(max(each.l0, _LEAST)) for each in ends)
     share = 0.5 if high == low else min(1.0, (high - math.log(target_l0)) / (high - low))
-    return ends[0].coefficient * (ends[1].coefficient / ends[0].coefficient) ** share
+    return float(ends[0].coefficient * (ends[1].coefficient / ends[0].coefficient) ** share)
 
 
 def _beyond(trials: Sequence[Trial], target_l0: float) -> float:
@@ -204,10 +202,14 @@ def _checked(dictionary: DictionaryConfig, target_l0: float) -> PenaltyConfig:
         )
     if isinstance(dictionary, JumpReLUConfig) and dictionary.sparsity == "quadratic":
         raise ConfigError(
-            "The sparsity 'quadratic' has a target of its own", fix="Set its target_l0, or use sparsity 'step' or 'tanh'"
+            "The sparsity 'quadratic' has a target of its own",
+            fix="Set its target_l0, or use sparsity 'step' or 'tanh'",
         )
     require(
-        0 < target_l0 <= dictionary.d_sae, "target_l0 must be between 0 and d_sae", got=target_l0, expected=dictionary.d_sae
+        0 < target_l0 <= dictionary.d_sae,
+        "target_l0 must be between 0 and d_sae",
+        got=target_l0,
+        expected=dictionary.d_sae,
     )
     return dictionary
 

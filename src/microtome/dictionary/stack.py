@@ -116,12 +116,12 @@ class Stack(nn.Module):
         weights = self._row_weights(y, variance)
         step = Step(fraction, weights, self._norms(), self.b_enc, lambda: self._column_sums(x))
         kept = self.rule.keep(pre, step)
-        raw = kept.products(x, b_dec, self.encoder)
-        f = self.rule.values(raw, kept, step)
+        kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
+        f = self.rule.values(kept_pre, kept, step)
         squared, residual = self._errors(x, y, f, kept, weights)
         unit = 1.0 / (y.shape[1] * variance)
-        loss = (squared + self.rule.penalty(raw, f, kept, step)) * unit
-        frozen = self.rule.frozen_codes(raw, kept, step)
+        loss = (squared + self.rule.penalty(kept_pre, f, kept, step)) * unit
+        frozen = self.rule.frozen_codes(kept_pre, kept, step)
         if frozen is not None:
             loss = loss + self._frozen_error(y, frozen, kept, weights) * unit
         aux = loss.new_zeros(len(self))
@@ -131,8 +131,7 @@ class Stack(nn.Module):
             )
         (loss + aux).sum().backward()
         self.rule.observe(f.detach(), kept, step)
-        firing = (f > 0).float().detach()
-        counts = kept.latent_sums(firing)
+        counts = kept.firings(f.detach())
         fvu = (weights[..., None] * residual.square()).sum((1, 2)) * unit
         return StepReport((loss + aux).detach(), fvu, aux.detach(), counts.sum(1) / y.shape[1], counts > 0)
 

@@ -22,7 +22,7 @@ from microtome.dictionary.formats import (
     read_dictionary,
     save_dictionary,
 )
-from microtome.dictionary.trainer import TrainConfig, train
+from microtome.dictionary.trainer import TrainConfig, train, train_cross_layer
 
 __all__ = [
     "BatchTopKConfig",
@@ -48,4 +48,5 @@ __all__ = [
     "read_dictionary",
     "save_dictionary",
     "train",
+    "train_cross_layer",
 ]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from microtome.common.device import generator
 from microtome.dictionary.kept import DenseKept, Entries, Kept, SparseKept
 
 
@@ -25,6 +26,10 @@ class Decoder(nn.Module, ABC):
     """The decoder rows of S members of `d_sae` latents; `separate` says whether members are dictionaries of their own."""
 
     separate: bool
+
+    @abstractmethod
+    def draw(self, seeds: Sequence[int], norm: float) -> None:
+        """Random rows of this norm, from a seed for each member."""
 
     @abstractmethod
     def norms(self) -> Float[Tensor, "S F"]:
@@ -61,6 +66,13 @@ class OwnDecoder(Decoder):
         super().__init__()
         self.widths = tuple(widths)
         self.W_dec = nn.Parameter(torch.zeros(members, d_sae, sum(widths)))
+
+    @torch.no_grad()
+    def draw(self, seeds: Sequence[int], norm: float) -> None:
+        for member, seed in enumerate(seeds):
+            shape = self.W_dec[member].shape
+            self.W_dec[member] = torch.randn(shape, generator=generator(seed, "output")).to(self.W_dec.device)
+        self.W_dec.mul_(norm / self.norms()[..., None])
 
     def norms(self) -> Float[Tensor, "S F"]:
         return point_norms(self.W_dec, self.widths).sum(-1)
@@ -101,6 +113,12 @@ class CrossLayerDecoder(Decoder):
         super().__init__()
         self.layers, self.d_out = layers, d_out
         self.W_dec = nn.ParameterList([torch.zeros(d_sae, (layers - layer) * d_out) for layer in range(layers)])
+
+    @torch.no_grad()
+    def draw(self, seeds: Sequence[int], norm: float) -> None:
+        for seed, rows in zip(seeds, self.W_dec, strict=True):
+            rows.copy_(torch.randn(rows.shape, generator=generator(seed, "output")))
+            rows.mul_(norm / rows.norm(dim=1, keepdim=True))
 
     def norms(self) -> Float[Tensor, "S F"]:
         return torch.stack([self.rows(layer).norm(dim=1) for layer in range(self.layers)])

@@ -29,7 +29,7 @@ from microtome.dictionary.rules import Rule, Step
 # Of every member, or (s = 1) of all together.
 Inputs = Float[Tensor, "s n d_in"]
 Targets = Float[Tensor, "s n d_out"]
-_FREE_NORM = 0.1
+_FREE_NORM, _NEARLY_ZERO = 0.1, 0.01
 
 
 @dataclass(frozen=True)
@@ -92,31 +92,24 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def initialise(self, data: DataStatistics, seeds: list[int]) -> None:
-        """Random decoder rows and the encoder their transpose; for a transcoder random encoder rows and a decoder of
-        zeros (Paulo et al. 2025, arXiv 2501.18823). Biases so that the mean input has pre-activations of zero."""
+        """Random decoder rows and the encoder their transpose; for a transcoder random encoder rows and, instead of a
+        decoder of zeros (Paulo et al. 2025, arXiv 2501.18823), one that is nearly that: where norms are free TopK selects
+        by them, and rows of zeros would all be alike. Biases so that the mean input has pre-activations of zero."""
         rows = torch.stack([torch.randn(self.d_sae, self.d_in, generator=generator(s, "decoder")) for s in seeds])
         rows = functional.normalize(rows, dim=2).to(self.b_enc.device)
         if self.config.is_transcoder:
             self.encoder.copy_(rows)
-            if self.config.unit_norms:
-                other = [torch.randn(self.d_sae, self.d_out, generator=generator(s, "output")) for s in seeds]
-                self._fill_decoder(torch.stack(other))
+            self.decoder.draw(seeds, 1.0 if self.config.unit_norms else _NEARLY_ZERO)
         else:
-            self._fill_decoder(rows)
-            unit = self.config.unit_norms  # then a latent's codes are an input's share along its row from the start
+            unit = self.config.unit_norms
+            self.W_dec.copy_(rows)
+            self.W_dec.mul_((1.0 if unit else _FREE_NORM) / self.decoder.norms()[..., None])
+            # With unit norms a code is, from the start, how far its input goes along its row.
             self.encoder.copy_(self.W_dec / self.W_dec.square().sum(2, keepdim=True) if unit else self.W_dec)
         if self.config.b_dec_start != "zero":
             self.b_dec.copy_(data.y_center)
         if not self.config.centered:
             self.b_enc.copy_(-(self.encoder @ data.x_center[..., None]).squeeze(-1))
-
-    def _fill_decoder(self, rows: Float[Tensor, "S F d_out"]) -> None:
-        """Rows of these directions, of unit norm or, where norms are free, a small one."""
-        assert isinstance(self.decoder, OwnDecoder)
-        self.W_dec.copy_(rows)
-        self.decoder.normalise()
-        if not self.config.unit_norms:
-            self.W_dec.mul_(_FREE_NORM)
 
     # ---- a step -------------------------------------------------------------------------------------------------------
 

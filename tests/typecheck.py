@@ -24,7 +24,7 @@ def jaxtyped(fn: Any = None, *, typechecker: Any) -> Any:
         return lambda fn: jaxtyped(fn, typechecker=typechecker)
     if inspect.isclass(fn):
         if dataclasses.is_dataclass(fn) and not hasattr(fn, "__no_type_check__") and not _is_wrapped(fn.__init__):
-            fn.__init__ = jaxtyped(fn.__init__, typechecker=typechecker)  # type: ignore[misc]
+            fn.__init__ = jaxtyped(fn.__init__, typechecker=typechecker)  # type: ignore[method-assign]
         return fn
     hints = {name: _resolved(hint, fn.__globals__) for name, hint in fn.__annotations__.items()}
     if any("jaxtyping." in repr(hint) for hint in hints.values()):
@@ -49,4 +49,4 @@ def _resolved(hint: Any, names: dict[str, Any]) -> Any:
         return Any
 
 
-jaxtyping.jaxtyped = jaxtyped
+jaxtyping.jaxtyped = jaxtyped  # type: ignore[assignment]

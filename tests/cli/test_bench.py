@@ -66,7 +66,7 @@ def test_harvest(tiny_inputs: list[str], tmp_path: Path, capsys: pytest.CaptureF
     folder.mkdir()
     torch.manual_seed(0)
     origin = Origin.at(tiny_inputs[0].removeprefix("model="), "blocks.1.hook_resid_pre")
-    sae = Dictionary(32, 64, TopK(4), origin=origin, path=folder)
+    sae = Dictionary(32, 64, TopK(4), origin=origin)
     for parameter in (sae.encoder, sae.W_dec):
         torch.nn.init.normal_(parameter)
     save_dictionary(sae, folder)

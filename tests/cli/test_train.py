@@ -49,7 +49,9 @@ def run(capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path) -> Run:
     return call
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "standard", "p_anneal", "gated", "jumprelu"])
+@pytest.mark.parametrize(
+    "architecture", ["topk", "batchtopk", "matryoshka", "standard", "p_anneal", "gated", "jumprelu"]
+)
 def test_every_architecture_is_trained_saved_and_opened(run: Run, architecture: str, tmp_path: Path) -> None:
     made = run("--architecture", architecture, "--hook", HOOK, "--k", "4", "--set", "norms=free")
     assert (made["architecture"], made["steps"], made["hook_name"]) == (architecture, 20, HOOK)
@@ -61,6 +63,13 @@ def test_a_sweep_is_all_combinations(run: Run, tmp_path: Path) -> None:
     assert [(each["k"], each["steps"]) for each in made["dictionaries"]] == [(2, 20), (2, 20), (4, 20), (4, 20)]
     prints = [load_dictionary(tmp_path / "made" / str(i)).fingerprint for i in range(4)]
     assert len(set(prints)) == 4
+
+
+def test_lambda_is_found_for_a_wanted_l0(run: Run) -> None:
+    words = ("--hook", HOOK, "--architecture", "standard", "--train-tokens", "12800", "--lr", "0.003", "--overwrite")
+    usual, found = run(*words), run(*words, "--target-l0", "6")
+    assert found["coefficient"] != usual["coefficient"] == 5.0
+    assert abs(found["training_l0"] - 6) < abs(usual["training_l0"] - 6)
 
 
 def test_a_file_of_settings(run: Run, tmp_path: Path) -> None:
@@ -93,6 +102,7 @@ def test_transcoders_and_crosscoders(run: Run, tmp_path: Path) -> None:
         (("--hook", HOOK, "--sweep", "k=2,99"), "k must be"),
         (("--hook", "blocks.1.hook_resid_pree"), HOOK),
         (("--hook", HOOK, OTHER, "--output-hook", MLP_OUT, "--per-layer"), "output for each input"),
+        (("--hook", HOOK, "--target-l0", "6"), "Set k"),
         ((), "several hook points"),
         (("--configs", "nowhere.json"), "no file"),
         (("--hook", HOOK, "--architecture", "jumprelu", "--set", "sparsity=quadratic"), "target_l0"),

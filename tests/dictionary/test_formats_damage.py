@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from microtome.common.errors import ArtifactError, ConfigError
-from microtome.dictionary import load_dictionary
+from microtome.dictionary import load_dictionary, save_dictionary
 from microtome.dictionary.formats import FORMATS, read_dictionary
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -25,10 +25,10 @@ def copy(name: str, to: Path) -> Path:
     return to / Path(name).name
 
 
-def change_cfg(folder: Path, file: str = "cfg.json", **values: object) -> None:
-    cfg = json.loads((folder / file).read_text())
+def change_cfg(folder: Path, name: str = "cfg.json", /, **values: object) -> None:
+    cfg = json.loads((folder / name).read_text())
     kept = {key: value for key, value in {**cfg, **values}.items() if value != "gone"}
-    (folder / file).write_text(json.dumps(kept))
+    (folder / name).write_text(json.dumps(kept))
 
 
 def change_weights(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -61,7 +61,7 @@ def change_weights(file: Path, change: Callable[[dict[str, Tensor]], object]) ->
 )
 def test_saelens_configs(name: str, values: dict[str, object], message: str, tmp_path: Path) -> None:
     folder = copy(f"saelens/{name}", tmp_path)
-    change_cfg(folder, **values)
+    change_cfg(folder, "cfg.json", **values)
     with pytest.raises(ArtifactError, match=message):
         load_dictionary(folder)
 
@@ -230,7 +230,7 @@ def test_dictionary_learning_configs(values: dict[str, object], message: str, tm
 )
 def test_sparsify_configs(values: dict[str, object], message: str, tmp_path: Path) -> None:
     folder = copy("sparsify/layers.3", tmp_path)
-    change_cfg(folder, **values)
+    change_cfg(folder, "cfg.json", **values)
     with pytest.raises(ArtifactError, match=message):
         load_dictionary(folder)
 
@@ -243,6 +243,53 @@ def test_layers_that_do_not_fit_each_other(tmp_path: Path) -> None:
     (folder / "W_dec_2.safetensors").unlink()
     with pytest.raises(ArtifactError, match="no weights"):
         read_dictionary(folder)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"format": 2}, "another format version. Got: 2. Expected: 1"),
+        ({"activations": [{"name": "softmax"}]}, "softmax"),
+        ({"activations": [{"name": "groupmax", "k": 7}]}, "16 latents in 7 groups"),
+        ({"activations": []}, "is damaged"),
+        ({"origin": {"model_name": "tiny"}}, "inputs"),
+        ({"skip": True}, "W_skip None"),
+    ],
+)
+def test_microtomes_own_configs(facts: dict[str, object], message: str, tmp_path: Path) -> None:
+    save_dictionary(read_dictionary(FIXTURES / "sparsify/layers.4").dictionary, tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    change_cfg(tmp_path, microtome={**cfg["microtome"], **facts})
+    with pytest.raises(ArtifactError, match=message):
+        load_dictionary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataset_average_activation_norm": {"in": 0, "out": 1}}, "a positive norm for in and for out"),
+        ({"dataset_average_activation_norm": "gone"}, "a positive norm"),
+        ({"jump_relu_threshold": None}, "jump_relu_threshold None"),
+        ({"act_fn": "gelu"}, "act_fn 'gelu'"),
+        ({"d_sae": 32768}, "32768 latents of size 8"),
+    ],
+)
+def test_llama_scope_configs(values: dict[str, object], message: str, tmp_path: Path) -> None:
+    folder = copy("llama_scope/Llama3_1-8B-Base-L3R-8x", tmp_path)
+    change_cfg(folder, "hyperparams.json", **values)
+    with pytest.raises(ArtifactError, match=message):
+        load_dictionary(folder)
+
+
+def test_gemma_scope_without_a_threshold(tmp_path: Path) -> None:
+    with np.load(FIXTURES / "gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_5/params.npz") as arrays:
+        kept = {f"w{name[1:]}" if name.startswith("W") else name: arrays[name] for name in arrays.files}
+    np.savez(tmp_path / "params.npz", **kept)
+    assert load_dictionary(tmp_path).architecture == "jumprelu"  # also with w_enc and w_dec in small letters
+    kept.pop("threshold")
+    np.savez(tmp_path / "params.npz", **kept)
+    with pytest.raises(ArtifactError, match="threshold None"):
+        load_dictionary(tmp_path)
 
 
 # ---- which format -----------------------------------------------------------------------------------------------------------

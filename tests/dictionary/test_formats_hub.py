@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import constants
 
 from microtome.common.errors import ArtifactError
-from microtome.dictionary import load_dictionary
-from microtome.dictionary.formats import FORMATS, hub, read_dictionary
+from microtome.dictionary import load_cross_layer_transcoder, load_dictionary
+from microtome.dictionary.formats import FORMATS, read_dictionary
 from microtome.dictionary.formats.releases import Release, releases
 from microtome.dictionary.formats.saelens_cfg import parse_cfg
 
@@ -20,7 +20,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a machine whose hub cannot be reached."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub, "hub_in_reach", lambda: False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://nowhere.invalid")
+    for name in ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
     return tmp_path
 
 
@@ -76,6 +79,13 @@ def test_gemma_scope_by_name(cache: Path) -> None:
     put(cache, "google/gemma-scope-2b-pt-res", inside, f"gemma-scope-2b-pt-res/{inside}")
     made = load_dictionary(f"gemma-scope-2b-pt-res/{inside}")
     assert (made.model_name, made.hook_name) == ("google/gemma-2-2b", "blocks.3.hook_resid_post")
+
+
+def test_a_whole_repository(cache: Path) -> None:
+    put(cache, "mntss/clt-gemma-2-2b-2.5M", "", "clt/jump_relu")
+    made = load_cross_layer_transcoder("clt-gemma-2-2b-2.5M/.")
+    assert made.model_name == "google/gemma-2-2b"
+    assert made.fingerprint == load_cross_layer_transcoder(FIXTURES / "clt/jump_relu").fingerprint
 
 
 def test_what_is_not_there(cache: Path) -> None:

@@ -4,8 +4,8 @@
 2. The chosen module has `Options` (a frozen dataclass that tyro fills), `run(options) -> dict`, `show(result) -> str`.
 3. The result goes to standard output, as JSON with `--json`; progress and errors go to standard error.
 
-Exit status: 0 done; 1 a MicrotomeError, or a result with `"ok": False`; 2 a command line that cannot be read; 130
-stopped.
+Exit status: 0 done; 1 a MicrotomeError, a file that cannot be read or written, or a result with `"ok": False`; 2 a command
+line that cannot be read; 130 stopped.
 """
 
 import importlib
@@ -119,13 +119,16 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     except MicrotomeError as error:
         print(f"microtome {name}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a folder that may not be written, a full disk
+        print(f"microtome {name}: {error.strerror or error}. Got: {error.filename or 'no file name'}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         kept = _KEPT if COMMANDS[name].resumes else "Nothing was changed."
         print(f"\nmicrotome {name}: stopped. {kept}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return 0 if result.get("ok", True) else 1
 
 

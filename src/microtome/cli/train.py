@@ -127,12 +127,14 @@ def run(options: Options) -> dict[str, Any]:
     """Train, and say where the dictionaries are and how the training ended."""
     from microtome.common.progress import Timer
     from microtome.dictionary import train
+    from microtome.dictionary.search import search_coefficient
+    from microtome.dictionary.trainer import as_source
 
     config, wanted = options.train_config(), options.dictionaries()
-    source = _source(options, wanted)
     hook = options.hook[0] if len(options.hook) == 1 else None
+    source = as_source(_source(options, wanted), wanted, hook)
     if options.target_l0 is not None:
-        wanted = _search(options, wanted, source, config)
+        wanted = [search_coefficient(each, source, options.target_l0, config=config) for each in wanted]
     single = len(wanted) == 1
     with Timer() as timer:
         made = train(
@@ -201,12 +203,3 @@ def _axes(words: tuple[str, ...]) -> dict[str, list[Any]]:
             raise ConfigError("--sweep takes NAME=VALUES", got=word, expected="k=16,32,64, say")
         axes[name] = [sizes([f"{name}={value}"])[name] for value in values.split(",")]
     return axes
-
-
-def _search(
-    options: Options,
-    wanted: "list[DictionaryConfig]",
-    source: "ActivationStore | ActivationSource",
-    config: "TrainConfig",
-) -> "list[DictionaryConfig]":
-    raise NotImplementedError

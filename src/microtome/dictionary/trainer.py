@@ -162,11 +162,19 @@ def _trainer(
     overwrite: bool,
 ) -> "Trainer":
     listed, single = _listed(configs), isinstance(configs, DictionaryConfig)
+    rows = as_source(source, listed, hook_name)
+    return Trainer(listed, rows, Path(out), config or TrainConfig(), single=single, overwrite=overwrite)
+
+
+def as_source(
+    source: ActivationStore | ActivationSource | str | Path,
+    configs: Sequence[DictionaryConfig],
+    hook_name: str | None = None,
+) -> ActivationSource:
+    """The source itself, or of a store the points that the configs use (`hook_name` for those that name none)."""
     if isinstance(source, str | Path):
         source = ActivationStore.open(source)
-    if isinstance(source, ActivationStore):
-        source = StoreSource(source, _points(listed, hook_name, source))
-    return Trainer(listed, source, Path(out), config or TrainConfig(), single=single, overwrite=overwrite)
+    return StoreSource(source, _points(configs, hook_name, source)) if isinstance(source, ActivationStore) else source
 
 
 def _points(configs: Sequence[DictionaryConfig], hook_name: str | None, store: ActivationStore) -> list[str]:

@@ -13,7 +13,7 @@ from microtome.common.artifacts import read_json
 from microtome.common.errors import ArtifactError
 from microtome.dictionary.activation import Activation, Gated, JumpReLU, ReLU, TopK
 from microtome.dictionary.dictionary import Origin
-from microtome.dictionary.formats.hooks import of_submodule
+from microtome.dictionary.formats.hooks import hub_model, of_submodule
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
 from microtome.dictionary.formats.tensors import TensorFile, only_tensors, read_pickle
 
@@ -137,7 +137,7 @@ def _k(file: TensorFile, trainer: dict[str, Any]) -> int:
 def _origin(trainer: dict[str, Any], buffer: dict[str, Any]) -> Origin:
     context = buffer.get("ctx_len")
     return Origin(
-        model_name=str(trainer.get("lm_name") or UNKNOWN),
+        model_name=hub_model(str(trainer.get("lm_name") or UNKNOWN)),
         inputs=(of_submodule(trainer.get("submodule_name"), trainer.get("layer")),),
         context=context if isinstance(context, int) else None,
     )

@@ -1,4 +1,5 @@
-"""Hook points from the names that other libraries use: modules of Hugging Face models, submodules, folders."""
+"""Hook points and models from the names that other libraries use: modules of Hugging Face models, submodules, folders,
+TransformerLens's short names of models."""
 
 import re
 
@@ -13,6 +14,32 @@ _PARTS = {
     "attention": "hook_attn_out",
 }
 _SUBMODULE = re.compile(r"(resid_pre|resid_mid|resid_post|mlp_out|attn_out)")
+
+_OWNERS = {"pythia-": "EleutherAI", "gemma-": "google"}
+# Points where the model's writing weights decide the mean over d_model.
+_STREAM = (
+    "hook_embed",
+    "hook_pos_embed",
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+)
+
+
+def hub_model(name: str) -> str:
+    """The Hugging Face id of a model that TransformerLens calls by a short name: gpt2-small → gpt2, pythia-70m →
+    EleutherAI/pythia-70m; every other name as it is."""
+    if name == "gpt2-small":
+        return "gpt2"
+    owner = next((owner for start, owner in _OWNERS.items() if name.startswith(start)), None)
+    return f"{owner}/{name}" if owner else name
+
+
+def on_the_stream(point: str) -> bool:
+    """Whether an activation is (a sum of) what blocks write, as wide as the residual stream."""
+    return point.rpartition(".")[2] in _STREAM
 
 
 def of_module(name: str) -> str:

@@ -24,7 +24,7 @@ def fetch(address: str) -> Path:
     owner, _, rest = address.removeprefix(HUB).partition("/")
     repo, _, inside = rest.partition("/")
     repo, _, revision = repo.partition("@")
-    inside = inside.strip("/")
+    inside = "" if inside in (".", "./") else inside.strip("/")
     if not owner or not repo or ".." in inside.split("/"):
         raise ArtifactError("No address on the hub", got=address, expected="hf://owner/repo/folder")
     name = f"{owner}/{repo}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from microtome.common.errors import ArtifactError
 from microtome.dictionary.activation import Activation, JumpReLU, ReLU
 from microtome.dictionary.dictionary import Origin
+from microtome.dictionary.formats.hooks import hub_model
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, build_cross_layer, leftover
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
 
@@ -50,7 +51,7 @@ def read(folder: Path, hints: Hints) -> Reading:
         weights[f"W_dec.{layer}"] = file.take(f"W_dec_{layer}", width, layers - layer, d_model)
     said, notes = _config(folder)
     origin = Origin(
-        model_name=hints.model_name or said.get("model_name", UNKNOWN),
+        model_name=hints.model_name or hub_model(said.get("model_name", UNKNOWN)),
         inputs=tuple(f"blocks.{i}.{hints.hook_name or said.get('feature_input_hook', READS)}" for i in range(layers)),
         outputs=tuple(
             f"blocks.{i}.{hints.hook_name_out or said.get('feature_output_hook', WRITES)}" for i in range(layers)

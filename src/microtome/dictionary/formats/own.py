@@ -82,12 +82,13 @@ def read(folder: Path, hints: Hints) -> Reading:
     try:
         origin = from_dict(Origin, facts["origin"])
         kinds = list(facts["activations"])
+        first = kinds[0]
         made: AnyDictionary
         if facts["kind"] == "cross_layer_transcoder":
             made = _cross_layer(folder, file, origin, kinds)
         else:
-            made = _dictionary(folder, file, origin, kinds[0], cfg, facts)
-    except (KeyError, TypeError, ConfigError) as error:
+            made = _dictionary(folder, file, origin, first, cfg, facts)
+    except (LookupError, TypeError, ConfigError) as error:
         raise ArtifactError(f"{folder / CFG} is damaged: {error}") from error
     made.origin = hints.applied(origin)
     return Reading(dictionary=made, format=NAME, notes=leftover(file.left))

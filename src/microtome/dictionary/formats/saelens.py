@@ -14,6 +14,7 @@ from microtome.common.artifacts import read_json
 from microtome.common.errors import ArtifactError
 from microtome.dictionary.activation import Activation, Gated, JumpReLU, ReLU, TopK
 from microtome.dictionary.dictionary import Dictionary, InputNorm
+from microtome.dictionary.formats.hooks import on_the_stream
 from microtome.dictionary.formats.own import KEY, WEIGHTS
 from microtome.dictionary.formats.reading import (
     Format,
@@ -159,8 +160,14 @@ def _centering(made: Dictionary, cfg: SaeLensCfg, hints: Hints, notes: list[str]
     if others:
         told = ", ".join(f"{key}={value}" for key, value in others.items())
         notes.append(f"trained on a model that was loaded in TransformerLens with {told}")
-    if not (hints.centered or cfg.model_kwargs.get("center_writing_weights")):
+    asked = hints.centered or cfg.model_kwargs.get("center_writing_weights")
+    if not asked or not on_the_stream(made.hook_name):
         return
+    if made.input_norm == "constant_norm_rescale":
+        raise ArtifactError(
+            f"The dictionary at {made.path} norms activations of mean zero, which cannot be folded into its weights",
+            got="center_writing_weights with normalize_activations 'constant_norm_rescale'",
+        )
     fold_centering(made)
     notes.append(
         "trained on a model with centred writing weights: the mean over d_model is taken away inside the encoder, and the "

@@ -11,6 +11,7 @@ from typing import Any
 
 from microtome.common.errors import ArtifactError
 from microtome.dictionary.dictionary import Origin
+from microtome.dictionary.formats.hooks import hub_model
 from microtome.dictionary.formats.reading import UNKNOWN
 
 CFG = "cfg.json"
@@ -112,8 +113,6 @@ def _modern(cfg: Mapping[str, Any]) -> dict[str, Any]:
     normalize = flat.get("normalize_activations")
     if isinstance(normalize, bool):
         flat["normalize_activations"] = "expected_average_only_in" if normalize else "none"
-    if flat.get("noise_scale"):  # a training setting that its inference never used
-        flat.pop("noise_scale")
     return flat
 
 
@@ -128,7 +127,7 @@ def _origin(metadata: Mapping[str, Any], *, transcoder: bool) -> Origin:
     hook = str(metadata.get("hook_name") or UNKNOWN)
     context = metadata.get("context_size")
     return Origin(
-        model_name=str(metadata.get("model_name") or UNKNOWN),
+        model_name=hub_model(str(metadata.get("model_name") or UNKNOWN)),
         inputs=(hook,),
         outputs=(str(metadata.get("hook_name_out") or f"{UNKNOWN} output"),) if transcoder else (),
         context=context if isinstance(context, int) else None,

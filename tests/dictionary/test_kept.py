@@ -98,15 +98,22 @@ def test_both_kinds_of_products_have_the_same_values_and_gradients(
 ) -> None:
     x = normal(1 if shared else S, N, D)
     found = []
-    for kept in (SparseKept.of_mask(mask), DenseKept((S, N, F), dtype=torch.float32, mask=mask)):
+    for sparsely in (True, False):
         encoder, W_dec = (normal(S, F, D, seed=seed).requires_grad_() for seed in (2, 3))
-        b_dec = normal(S, D, seed=4).requires_grad_()
-        raw = kept.products(x, b_dec if centred else None, encoder)
-        f = (raw * kept.latent(normal(S, F, seed=5)) * kept.row(normal(S, N, seed=6))).relu()
+        b_enc, b_dec = normal(S, F, seed=9).requires_grad_(), normal(S, D, seed=4).requires_grad_()
+        whole = (x - b_dec[:, None] * centred) @ encoder.mT + b_enc[:, None]
+        kept = SparseKept.of_mask(mask) if sparsely else DenseKept(whole.detach(), mask)
+        pre = kept.pre_activations(x, b_dec if centred else None, encoder, b_enc)
+        f = (pre * kept.latent(normal(S, F, seed=5)) * kept.row(normal(S, N, seed=6))).relu()
         out = kept.decode(f, W_dec)
         ((out * normal(S, N, D, seed=7)).sum() + kept.member_sums(f.square()) @ torch.tensor([1.0, 2.0])).backward()
-        gradients = [p.grad for p in (encoder, W_dec, *([b_dec] if centred else []))]
-        sums = (kept.latent_sums(f.detach()), kept.member_minima(f.detach()), kept.member_sums(f.detach()))
+        gradients = [p.grad for p in (encoder, W_dec, b_enc, *([b_dec] if centred else []))]
+        sums = (
+            kept.latent_sums(f.detach()),
+            kept.member_minima(f.detach()),
+            kept.member_sums(f.detach()),
+            kept.firings(f.detach()),
+        )
         found.append([out, *gradients, *sums])
     for sparse, dense in zip(*found, strict=True):
         torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-4)
@@ -114,7 +121,7 @@ def test_both_kinds_of_products_have_the_same_values_and_gradients(
 
 def test_parts_of_the_latents_and_edges(mask: Bool[Tensor, "S n F"]) -> None:
     W_dec, numbers = normal(S, F, D, seed=3), normal(S, N, F, seed=8).abs()
-    sparse, dense = SparseKept.of_mask(mask), DenseKept((S, N, F), dtype=torch.float32, mask=mask)
+    sparse, dense = SparseKept.of_mask(mask), DenseKept(numbers, mask)
     entries = numbers[mask]
     for first, stop in ((0, 10), (10, F)):
         a, part = sparse.within(first, stop)

@@ -155,7 +155,7 @@ def _of_member(values: Entries, kept: Kept, member: int) -> tuple[Entries, Kept]
     _, n, d_sae = kept.shape
     if isinstance(kept, DenseKept):
         mask = None if kept.mask is None else kept.mask[member : member + 1]
-        return values[member : member + 1], DenseKept((1, n, d_sae), dtype=kept.dtype, mask=mask)
+        return values[member : member + 1], DenseKept(kept.pre[member : member + 1], mask)
     assert isinstance(kept, SparseKept)
     starts = kept.starts[member * n : (member + 1) * n + 1]
     first, last = int(starts[0]), int(starts[-1])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from microtome.dictionary import activation as used
 from microtome.dictionary.config import GatedConfig
-from microtome.dictionary.kept import Entries, Kept
+from microtome.dictionary.kept import Entries, Kept, fires
 from microtome.dictionary.rules import ReLURule, Step
 
 
@@ -25,15 +25,16 @@ class GatedRule(ReLURule):
         shape = (len(configs), configs[0].d_sae)
         self.r_mag, self.b_mag = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
 
-    def values(self, raw: Entries, kept: Kept, step: Step) -> Entries:
-        gate = (raw + kept.latent(step.b_enc)) > 0
-        return (raw * kept.latent(self.r_mag.exp()) + kept.latent(self.b_mag)).relu() * gate
+    def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
+        scale = self.r_mag.exp()
+        magnitude = pre * kept.latent(scale) + kept.latent(self.b_mag - scale * step.b_enc)
+        return magnitude.relu() * fires(pre)
 
-    def penalty(self, raw: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
-        return super().penalty(raw, self.frozen_codes(raw, kept, step), kept, step)
+    def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+        return super().penalty(pre, self.frozen_codes(pre, kept, step), kept, step)
 
-    def frozen_codes(self, raw: Entries, kept: Kept, step: Step) -> Entries:
-        return (raw + kept.latent(step.b_enc)).relu()
+    def frozen_codes(self, pre: Entries, kept: Kept, step: Step) -> Entries:
+        return pre.relu()
 
     def activation(self, member: int, norms: Float[Tensor, " F"]) -> used.Activation:
         return used.Gated(self.r_mag[member].detach().clone(), self.b_mag[member].detach().clone())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from microtome.dictionary import activation as used
 from microtome.dictionary.config import JumpReLUConfig
-from microtome.dictionary.kept import Entries, Kept
+from microtome.dictionary.kept import Entries, Kept, fires
 from microtome.dictionary.rules import ReLURule, Step
 
 
@@ -34,29 +34,27 @@ class JumpReLURule(ReLURule):
         edge = (self.threshold - self.config.bandwidth / 2).detach()[:, None]
         return self._kept(pre > edge.to(pre.dtype), pre)
 
-    def values(self, raw: Entries, kept: Kept, step: Step) -> Entries:
-        z = raw + kept.latent(step.b_enc)
-        f: Tensor = JumpReLU.apply(z, kept.latent(self.threshold), self.config.bandwidth)  # type: ignore[no-untyped-call]
+    def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
+        f: Tensor = JumpReLU.apply(pre, kept.latent(self.threshold), self.config.bandwidth)  # type: ignore[no-untyped-call]
         return f
 
-    def penalty(self, raw: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+    def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
         config, strength = self.config, self.strength(step)
         if config.sparsity == "tanh":
             sizes = config.tanh_scale * f * kept.latent(step.norms)
             tanh = strength * kept.member_sums(sizes.tanh() * kept.row(step.weights))
-            return tanh + self._revival(raw, kept, step) if config.revive_coefficient else tanh
-        z = raw + kept.latent(step.b_enc)
-        fires: Tensor = Heaviside.apply(z, kept.latent(self.threshold), config.bandwidth)  # type: ignore[no-untyped-call]
-        counts = kept.member_sums(fires * kept.row(step.weights))
+            return tanh + self._revival(pre, kept, step) if config.revive_coefficient else tanh
+        above: Tensor = Heaviside.apply(pre, kept.latent(self.threshold), config.bandwidth)  # type: ignore[no-untyped-call]
+        counts = kept.member_sums(above * kept.row(step.weights))
         if config.sparsity == "step":
             return strength * counts
         assert config.target_l0 is not None
         n = step.weights.sum(1)
         return strength * n * (counts / n / config.target_l0 - 1).square()
 
-    def _revival(self, raw: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+    def _revival(self, pre: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
         """λ_P Σ ReLU(θ − pre) ‖W_dec,i‖ over all entries: the sum of θ − pre, less what it is at those above θ."""
-        excess = (raw + kept.latent(step.b_enc) - kept.latent(self.threshold)).relu()
+        excess = (pre - kept.latent(self.threshold)).relu()
         all_entries = kept.shape[1] * self.threshold - step.column_sums()
         above = kept.member_sums(excess * kept.latent(step.norms))
         return self.config.revive_coefficient * ((all_entries * step.norms).sum(1) + above)
@@ -79,16 +77,16 @@ class JumpReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(z, threshold)
+        above = fires(z - threshold)
+        ctx.save_for_backward(z, threshold, above)
         ctx.bandwidth = bandwidth
-        return z * (z > threshold)
+        return z * above
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, threshold = ctx.saved_tensors
-        near = (z - threshold).abs() < ctx.bandwidth / 2
-        by_threshold = grad * (near * (-threshold / ctx.bandwidth))
-        return grad * (z > threshold), by_threshold.sum_to_size(threshold.shape), None
+        z, threshold, above = ctx.saved_tensors
+        by_threshold = (grad * _near(z, threshold, ctx.bandwidth)).sum_to_size(threshold.shape)
+        return grad * above, by_threshold * (-threshold / ctx.bandwidth), None
 
 
 class Heaviside(torch.autograd.Function):
@@ -98,10 +96,15 @@ class Heaviside(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth = bandwidth
-        return (z > threshold).to(z.dtype)
+        return fires(z - threshold)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, threshold = ctx.saved_tensors
-        near = (z - threshold).abs() < ctx.bandwidth / 2
-        return None, (grad * near * (-1.0 / ctx.bandwidth)).sum_to_size(threshold.shape), None
+        by_threshold = (grad * _near(z, threshold, ctx.bandwidth)).sum_to_size(threshold.shape)
+        return None, by_threshold * (-1.0 / ctx.bandwidth), None
+
+
+def _near(z: Entries, threshold: Entries, bandwidth: float) -> Entries:
+    """K((z − θ)/ε)."""
+    return fires(bandwidth / 2 - (z - threshold).abs())

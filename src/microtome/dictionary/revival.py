@@ -67,7 +67,7 @@ class DeadLatents:
     def _sparse(self, kept: Int[Tensor, "n k"]) -> Float[Tensor, "n d_out"]:
         entries = SparseKept.of_indices(self.candidates[kept][None], len(self.encoder))
         b_dec = None if self.b_dec is None else self.b_dec[None]
-        values = entries.products(self.x[None], b_dec, self.encoder[None]) + entries.latent(self.b_enc[None])
+        values = entries.pre_activations(self.x[None], b_dec, self.encoder[None], self.b_enc[None])
         return entries.decode(values.relu(), self.W_dec[None])[0]
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 A `Rule` belongs to a stack of S members (`stack.py`) and holds the parameters and counters that its architecture adds.
 A step calls, in order, `keep` (from pre-activations without gradient, in the dtype of the selection), `values` (with
-gradient, from the exact products at the kept entries), `penalty`, `observe`, and after the update `after_update`.
+gradient, from the pre-activations at the kept entries), `penalty`, `observe`, and after the update `after_update`.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ from microtome.dictionary.config import (
     TopKConfig,
 )
 from microtome.dictionary.kept import DenseKept, Entries, Kept, SparseKept
-from microtome.dictionary.selection import batch_top_k, top_k
+from microtome.dictionary.selection import batch_top_k, is_positive, top_k
 
 C = TypeVar("C", bound=DictionaryConfig)
 # Sparse products are about this many times slower for each entry than dense ones in bf16.
@@ -57,15 +57,15 @@ class Rule(nn.Module, ABC, Generic[C]):
     def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
         """The latents to keep, given selection pre-activations (bias included)."""
 
-    def values(self, raw: Entries, kept: Kept, step: Step) -> Entries:
-        """f at the kept entries, given the encoder's products there, without bias."""
-        return (raw + kept.latent(step.b_enc)).relu()
+    def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
+        """f at the kept entries, given the pre-activations there."""
+        return pre.relu()
 
-    def penalty(self, raw: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+    def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
         """What is added to each member's summed squared error."""
         return f.new_zeros(kept.shape[0])
 
-    def frozen_codes(self, raw: Entries, kept: Kept, step: Step) -> Entries | None:
+    def frozen_codes(self, pre: Entries, kept: Kept, step: Step) -> Entries | None:
         """Codes that must reconstruct the target through a constant decoder as well, if there are any."""
         return None
 
@@ -87,12 +87,11 @@ class Rule(nn.Module, ABC, Generic[C]):
         """Take over what a dictionary's activation holds, for a training that begins with it."""
 
     def _kept(self, mask: Bool[Tensor, "S n F"], pre: Float[Tensor, "S n F"]) -> Kept:
-        """The entries where `mask` is true, with sparse or dense products, whichever are quicker."""
-        members, n, d_sae = mask.shape
+        """The entries where `mask` is true, or all, if with so many dense products are quicker."""
         # A CPU counts trues many times quicker than it adds them.
         if self._sparsely(int(mask.count_nonzero()), pre):
             return SparseKept.of_mask(mask)
-        return DenseKept((members, n, d_sae), dtype=pre.dtype, mask=mask)
+        return DenseKept(pre)
 
     def _sparsely(self, n_kept: int, pre: Float[Tensor, "S n F"]) -> bool:
         """Whether sparse products are quicker for so many entries."""
@@ -111,7 +110,7 @@ class TopKRule(Rule[TopKConfig]):
         if self.products == "sparse" or (self.products == "auto" and d_sae > _TINY):
             return SparseKept.of_indices(indices.view(members, n, -1), d_sae)
         mask = torch.zeros(members * n, d_sae, dtype=torch.bool, device=pre.device).scatter_(1, indices, True)
-        return DenseKept((members, n, d_sae), dtype=pre.dtype, mask=mask.view_as(pre))
+        return DenseKept(pre, mask.view_as(pre))
 
     def activation(self, member: int, norms: Float[Tensor, " F"]) -> Activation:
         return TopK(self.config.k)
@@ -133,11 +132,11 @@ class BatchTopKRule(TopKRule):
         if self._sparsely(len(places), pre):
             return SparseKept.of_places(places, (members, n, d_sae))
         mask = torch.zeros(pre.numel(), dtype=torch.bool, device=pre.device).index_fill_(0, places, True)
-        return DenseKept((members, n, d_sae), dtype=pre.dtype, mask=mask.view_as(pre))
+        return DenseKept(pre, mask.view_as(pre))
 
-    def values(self, raw: Entries, kept: Kept, step: Step) -> Entries:
+    def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         """Of the entries that the selection's dtype could not tell apart, the largest by their exact values."""
-        f = super().values(raw, kept, step)
+        f = super().values(pre, kept, step)
         sizes = (f * kept.latent(step.norms)).detach()
         return f * (sizes >= kept.edges(sizes, self.config.k_at(step.fraction) * kept.shape[1]))
 
@@ -161,7 +160,7 @@ class BatchTopKRule(TopKRule):
 class MatryoshkaRule(BatchTopKRule):
     """BatchTopK, decoded prefix by prefix."""
 
-    def frozen_codes(self, raw: Entries, kept: Kept, step: Step) -> Entries | None:
+    def frozen_codes(self, pre: Entries, kept: Kept, step: Step) -> Entries | None:
         """Codes that must reconstruct the target through a constant decoder as well, if there are any."""
         return None
 
@@ -183,9 +182,9 @@ class ReLURule(Rule[PenaltyConfig]):
         self.register_buffer("coefficient", torch.tensor([config.coefficient for config in configs]))
 
     def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
-        return self._kept(pre > 0, pre)
+        return self._kept(is_positive(pre), pre)
 
-    def penalty(self, raw: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+    def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
         return self.strength(step) * kept.member_sums(f * kept.latent(step.norms) * kept.row(step.weights))
 
     def strength(self, step: Step) -> Float[Tensor, " S"]:
@@ -205,7 +204,7 @@ class PAnnealRule(ReLURule):
         self.p: Tensor
         self.register_buffer("p", torch.ones(()))
 
-    def penalty(self, raw: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+    def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
         powers = _power(f * kept.latent(step.norms), float(self.p))
         return self.strength(step) * kept.member_sums(powers * kept.row(step.weights))
 

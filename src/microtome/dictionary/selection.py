@@ -12,7 +12,7 @@ in no order, which is as good: what is selected goes through a ReLU.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _GROUP = 8
@@ -36,7 +36,12 @@ def batch_top_k(pre: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, " m"]:
         return groups.batch_top_k(k)
     flat = pre.reshape(-1)
     edge = flat.topk(min(k, len(flat)), sorted=False).values.min()
-    return ((flat >= edge) & (flat > 0)).nonzero().squeeze(1)
+    return ((flat >= edge) & is_positive(flat)).nonzero().squeeze(1)
+
+
+def is_positive(values: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """values > 0."""
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values) > 0
 
 
 class Groups:

@@ -136,12 +136,12 @@ class Stack(nn.Module):
         weights = self._row_weights(y, spreads)
         step = Step(fraction, weights, self._norms(), self.b_enc, lambda: self._column_sums(x))
         kept = self.rule.keep(pre, step)
-        raw = kept.products(x, b_dec, self.encoder)
-        f = self.rule.values(raw, kept, step)
+        kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
+        f = self.rule.values(kept_pre, kept, step)
         squared, residual = self._errors(x, y, f, kept, weights)
         unit = 1.0 / (y.shape[1] * spreads.mean())
-        loss = (squared + self.rule.penalty(raw, f, kept, step)) * unit
-        frozen = self.rule.frozen_codes(raw, kept, step)
+        loss = (squared + self.rule.penalty(kept_pre, f, kept, step)) * unit
+        frozen = self.rule.frozen_codes(kept_pre, kept, step)
         if frozen is not None:
             loss = loss + self._frozen_error(y, frozen, kept, weights) * unit
         aux = loss.new_zeros(len(self))
@@ -149,8 +149,7 @@ class Stack(nn.Module):
             aux = torch.stack([self._revival(s, x, -residual, weights, pre[s], dead[s]) for s in range(len(self))])
         (loss + aux).sum().backward()
         self.rule.observe(f.detach(), kept, step)
-        firing = (f > 0).float().detach()
-        counts = kept.latent_sums(firing)
+        counts = kept.firings(f.detach())
         fvu = (weights[..., None] * residual.square()).sum((1, 2)) / (y.shape[1] * spreads)
         return StepReport((loss + aux).detach(), fvu, aux.detach(), counts.sum(1) / y.shape[1], counts > 0)
 
@@ -311,5 +310,6 @@ class Stack(nn.Module):
         weights = y.new_ones(len(self), y.shape[1])
         step = Step(1.0, weights, self._norms(), self.b_enc, lambda: self._column_sums(x))
         kept = self.rule.keep(self.pre_activations(x, torch.float32), step)
-        raw = kept.products(x, self.b_dec if self.config.centered else None, self.encoder)
-        return self._errors(x, y, self.rule.values(raw, kept, step), kept, weights)[1]
+        b_dec = self.b_dec if self.config.centered else None
+        kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
+        return self._errors(x, y, self.rule.values(kept_pre, kept, step), kept, weights)[1]

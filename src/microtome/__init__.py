@@ -29,6 +29,7 @@ _HOMES = {
     "ReLUConfig": "microtome.dictionary",
     "TrainConfig": "microtome.dictionary",
     "train": "microtome.dictionary",
+    "train_cross_layer": "microtome.dictionary",
     "load_dictionary": "microtome.dictionary",
     "EvaluateConfig": "microtome.dictionary",
     "evaluate": "microtome.dictionary",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from microtome.dictionary import evaluate as evaluate
     from microtome.dictionary import load_dictionary as load_dictionary
     from microtome.dictionary import train as train
+    from microtome.dictionary import train_cross_layer as train_cross_layer
     from microtome.features import IndexConfig as IndexConfig
     from microtome.features import build_index as build_index
     from microtome.features import open_index as open_index

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from microtome.cli.main import main
-from microtome.dictionary import load_dictionary
+from microtome.dictionary import load_cross_layer_transcoder, load_dictionary
 from microtome.model import HookedModel
 
 Run = Callable[..., dict[str, Any]]
@@ -56,6 +56,13 @@ def test_every_architecture_is_trained_saved_and_opened(run: Run, architecture: 
     made = run("--architecture", architecture, "--hook", HOOK, "--k", "4", "--set", "norms=free")
     assert (made["architecture"], made["steps"], made["hook_name"]) == (architecture, 20, HOOK)
     assert load_dictionary(tmp_path / "made").d_sae == 48
+
+
+def test_a_cross_layer_transcoder(run: Run, tmp_path: Path) -> None:
+    made = run("--cross-layer", "--hook", MLP_IN, OTHER, "--output-hook", MLP_OUT, OTHER, "--k", "4")
+    assert (made["hook_name"], made["predicts"]) == (f"{MLP_IN}, {OTHER}", f"{MLP_OUT}, {OTHER}")
+    assert len(made["training_fvu_by_layer"]) == 2
+    assert load_cross_layer_transcoder(tmp_path / "made").k == 8
 
 
 def test_a_sweep_is_all_combinations(run: Run, tmp_path: Path) -> None:

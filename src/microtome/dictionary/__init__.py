@@ -34,7 +34,7 @@ from microtome.dictionary.probing import Probing, probing
 from microtome.dictionary.similarity import Similarity, similarity
 from microtome.dictionary.surface import SparseDictionary
 from microtome.dictionary.targeted import scr, tpp
-from microtome.dictionary.trainer import TrainConfig, train
+from microtome.dictionary.trainer import TrainConfig, train, train_cross_layer
 
 __all__ = [
     "Absorption",
@@ -86,4 +86,5 @@ __all__ = [
     "similarity",
     "tpp",
     "train",
+    "train_cross_layer",
 ]

@@ -145,7 +145,7 @@ def try_coefficients(
         rows = torch.cat([next(batches) for _ in range(_MEASURED_BATCHES)]).to(trainer.device, torch.float32)
     found = [0.0] * len(configs)
     for group in trainer.groups:
-        x = torch.cat([rows[:, each] for each in group.x_columns], 1)
+        x = group.layout.x(rows).transpose(0, 1).flatten(1)
         for member, number in enumerate(group.numbers):
             sae = group.export(member, trainer.scales, {"model_name": source.model_name})
             found[number] = float(sae.encode(x).l0.double().mean())

@@ -1,5 +1,6 @@
 """What tests of all floors share: the built-in model, tiny random models of each family, and a small token dataset."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,12 @@ SENTENCES = [
     "Goal! Two minutes before the end the keeper could do nothing.",
     "Whisk the eggs with sugar until pale, then fold in the flour.",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collection pass over what importing made, which stays: half a second each time with all tests collected."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

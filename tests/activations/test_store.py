@@ -14,7 +14,7 @@ from microtome.activations import ActivationStore, HarvestConfig, harvest
 from microtome.common.artifacts import read_json, write_json
 from microtome.common.device import DTypeName
 from microtome.common.errors import ArtifactError, ConfigError, InputError, ModelError
-from microtome.model import HookedModel
+from microtome.model import HookedModel, load_model
 from microtome.text import TokenDataset
 
 NAMES = ["blocks.1.hook_resid_pre", "blocks.0.attn.hook_z", "blocks.2.hook_resid_pre"]
@@ -88,10 +88,9 @@ def test_a_killed_harvest_resumes_to_the_same_bytes(
     folder = tmp_path / "model"
     tiny_llama.hf.save_pretrained(folder)
 
-    def arguments(out: str) -> list[str]:
-        return [sys.executable, "-c", HARVEST, str(folder), str(tiny_dataset.path), str(tmp_path / out)]
-
-    process = subprocess.Popen(arguments("killed"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", HARVEST, str(folder), str(tiny_dataset.path), str(tmp_path / "killed")]
+    )
     partial = tmp_path / "killed.partial"
     while process.poll() is None and len(list(partial.glob("shard-*.json"))) < 2:
         time.sleep(0.005)
@@ -101,8 +100,11 @@ def test_a_killed_harvest_resumes_to_the_same_bytes(
     done_before = {f.name: f.stat().st_mtime_ns for f in partial.glob("shard-*.safetensors")}
     assert 2 <= len(done_before) < 10
 
-    subprocess.run(arguments("killed"), check=True)
-    subprocess.run(arguments("whole"), check=True)
+    config = HarvestConfig(dtype="bf16", batch_tokens=24, shard_tokens=240)
+    for out in ("killed", "whole"):
+        harvest(
+            load_model(folder, device="cpu"), tiny_dataset, "blocks.2.hook_resid_pre", tmp_path / out, config=config
+        )
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     receipts = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "killed").glob("shard-*.safetensors")}
     assert sum(receipts[name] == made for name, made in done_before.items()) >= 2, "finished shards were made again"

@@ -11,7 +11,7 @@ from torch.nn import functional
 from microtome.circuits import metrics
 from microtome.circuits.effects import Axis, Effects, bootstrap
 from microtome.circuits.nodes import Node, parse_node, parse_nodes
-from microtome.circuits.pairs import aligned, pair
+from microtome.circuits.pairs import aligned, pair, position_labels
 from microtome.common.errors import InputError
 from microtome.model.hooked import HookedModel
 from microtome.model.prompts import Prompts
@@ -25,6 +25,28 @@ def gpt2() -> HookedModel:
 @pytest.fixture(scope="module")
 def grouped() -> HookedModel:
     return make("llama")
+
+
+def test_columns_are_labelled_by_tokens_or_from_where_the_padding_is_not(
+    tiny_llama: HookedModel, gpt2: HookedModel
+) -> None:
+    one = tiny_llama.prompts(["The cat"], side="left")
+    strings = tiny_llama.to_str_tokens(one.tokens[0])
+    assert position_labels(tiny_llama, one).labels == tuple(f"{i} {text}" for i, text in enumerate(strings))
+    two = aligned(tiny_llama, ["The cat sat on the mat", "The cat"])
+    n = two.tokens.shape[1]
+    assert position_labels(tiny_llama, two).labels == tuple(str(i) for i in range(-n, 0))
+    assert position_labels(gpt2, Prompts(torch.zeros(2, 3, dtype=torch.long))).labels == ("0", "1", "2")
+
+
+def test_there_is_no_top_of_nothing() -> None:
+    effects = Effects(
+        values=torch.eye(2)[..., None], axes=(Axis("a", ("0", "1")), Axis("b", ("0", "1"))), what="effect"
+    )
+    assert len(effects.top(3)) == 3
+    for k in (0, -1):
+        with pytest.raises(InputError, match=f"the top {k}"):
+            effects.top(k)
 
 
 def logits(batch: int = 3, pos: int = 4, d_vocab: int = 7) -> Tensor:

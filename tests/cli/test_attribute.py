@@ -62,7 +62,11 @@ def test_circuit(words: list[str], capsys: pytest.CaptureFixture[str], tmp_path:
     [
         (["attribute", "--method", "eapig"], "eap-ig"),
         (["attribute", "--rule", "lrp"], "relp"),
+        (["attribute", "--over", "pattern"], "Unknown part to attribute to"),
+        (["attribute", "--level", "edge", "--over", "mlp_out"], "nothing to choose"),
         (["attribute", "--level", "edge", "--figure", "a.png"], "microtome circuit"),
+        (["attribute", "--by-position", "--figure", "a.png"], "one or two axes"),
+        (["attribute", "--top", "-1"], "the top -1"),
         (["circuit", "--figure", "a.png"], "Graphviz"),
         (["circuit", "--circuit", "none.json"], "There is no circuit"),
         (["circuit", "--edges", "0"], "so many edges"),

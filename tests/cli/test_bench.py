@@ -2,12 +2,12 @@
 No speed is asserted."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks import attribute as attribute_benchmark
 from benchmarks import model as model_benchmark
 from benchmarks import parity as parity_benchmark
 from benchmarks import patch as patch_benchmark
@@ -18,6 +18,7 @@ from benchmarks.harvest import bare_activations
 from benchmarks.model_sides import Inputs, works
 from transformers import PreTrainedTokenizerFast
 
+from microtome.circuits import Graph
 from microtome.cli.bench import NAMES, load, sizes
 from microtome.cli.main import main
 from microtome.common.device import cpu_has_bf16
@@ -65,7 +66,7 @@ def test_harvest(tiny_inputs: list[str], tmp_path: Path, capsys: pytest.CaptureF
     folder.mkdir()
     torch.manual_seed(0)
     origin = Origin.at(tiny_inputs[0].removeprefix("model="), "blocks.1.hook_resid_pre")
-    sae = Dictionary(32, 64, TopK(4), origin=origin, path=folder)
+    sae = Dictionary(32, 64, TopK(4), origin=origin)
     for parameter in (sae.encoder, sae.W_dec):
         torch.nn.init.normal_(parameter)
     save_dictionary(sae, folder)
@@ -211,23 +212,25 @@ def test_parity_finds_the_largest_difference_at_each_point() -> None:
     assert parity_benchmark.at_points(ours, theirs) == expected
 
 
+@pytest.fixture
+def names(tiny_llama: HookedModel) -> tuple[str, ...]:
+    """Words that are one token of the tiny model with the space in front, as names are for a real one."""
+    words = [str(tiny_llama.to_string(torch.tensor([i]))) for i in range(320)]
+    found = tuple(word[1:] for word in words if word[0] == " " and word[1:].isalpha())
+    assert len(found) > 5
+    return found
+
+
 def test_patch(
-    tiny: Callable[[str], HookedModel],
-    tmp_path: Path,
+    tiny_inputs: list[str],
+    names: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model = tiny("llama")
-    assert model.tokenizer is not None
-    model.hf.save_pretrained(tmp_path)
-    model.tokenizer.save_pretrained(tmp_path)
-    words = [str(model.to_string(torch.tensor([i]))) for i in range(320)]
-    names = tuple(word[1:] for word in words if word[0] == " " and word[1:].isalpha())
-    assert len(names) > 5
     monkeypatch.setattr(patch_benchmark, "PEER", "a_package_that_is_not_there")
     monkeypatch.setattr(patch_benchmark, "_NAMES", names)
     monkeypatch.setattr(patch_benchmark, "_SENTENCE", "a {} {} and {}")
-    result = bench(capsys, "patch", f"model={tmp_path}", "rounds=1", "path_prompts=3", "device=cpu")
+    result = bench(capsys, "patch", tiny_inputs[0], "rounds=1", "path_prompts=3", "device=cpu")
     assert result["figures"]["largest_difference"].keys() == {"resid_sweep/microtome", "head_sweep/microtome"}
     assert max(result["figures"]["largest_difference"].values()) < 1e-4
     took = result["figures"]["sweep_seconds"]
@@ -338,10 +341,16 @@ def test_sizes() -> None:
         sizes(["rounds"])
 
 
-@pytest.mark.slow
-def test_attribute(capsys: pytest.CaptureFixture[str]) -> None:
-    result = bench(capsys, "attribute", "prompts=2", "batch_size=2", "rounds=1", "device=cpu")
+def test_attribute(
+    tiny_inputs: list[str],
+    tiny_llama: HookedModel,
+    names: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(attribute_benchmark, "NAMES", names)
+    result = bench(capsys, "attribute", tiny_inputs[0], "prompts=2", "batch_size=2", "rounds=1", "device=cpu")
     best = result["figures"]["median_seconds"]
     assert result["ratios"] == {f"{name}_vs_passes": best[name] / best["passes"] for name in ("heads", "eap", "eap_ig")}
-    assert result["sizes"]["edges"] == 70_651
+    assert result["sizes"]["edges"] == Graph.of(tiny_llama).n_edges
     assert set(result["figures"]["peak_bytes"]) == {"passes", "heads", "eap"}

@@ -80,3 +80,28 @@ def test_heads_are_scored(model: HookedModel, capsys: pytest.CaptureFixture[str]
     assert "without BOS; mean over 8 queries behind the first copy" in text
     assert main(["heads", *MODEL, "--kinds", "induktion"]) == 1
     assert "'induction'" in capsys.readouterr().err
+
+
+def test_one_sequence_has_no_interval(model: HookedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("heads", *MODEL, "--length", "8", "--batch", "1", "--kinds", "induction")
+    assert " to " not in printed(capsys, *words)
+    assert main([*words, "--top", "0"]) == 1
+    assert "the top 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("heads",), ("lens", "The cat")], ids=" ".join)
+def test_a_figure_of_no_known_kind_is_refused_before_anything_runs(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--model", "no/such/model", "--figure", "a.bmp"]) == 1
+    assert "a name that ends in" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_no_traceback(model: HookedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("here").write_text("a file")
+    words = ("heads", *MODEL, "--length", "8", "--batch", "2", "--kinds", "induction", "--figure", "here/heads.json")
+    assert main([*words]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("microtome heads: ")
+    assert "Got: here" in err

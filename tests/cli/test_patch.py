@@ -68,5 +68,48 @@ def test_the_table_and_what_cannot_be(folder: Path, capsys: pytest.CaptureFixtur
     assert main(command(folder, "--senders", "L0.H0")) == 1
     assert "--receivers" in capsys.readouterr().err
     assert main(command(folder, "--direction", "up")) == 1
+    assert "denoising or noising" in capsys.readouterr().err
     assert main(command(folder, "--receivers", "logits", "--over", "resid_post")) == 1
     assert "heads or MLPs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("--receivers logits --direction noising", "--direction"),
+        ("--receivers logits --normalize", "--normalize"),
+        ("--receivers logits --by-position False", "--by-position"),
+        ("--receivers logits --senders L0.H1 --over mlp", "--over"),
+        ("--freeze-mlps", "--freeze-mlps"),
+        ("--receivers logits --senders L0.H1 --figure a.svg", "one or two axes"),
+        ("--over head --by-position True --figure a.svg", "one or two axes"),
+        ("--figure a.bmp", ".svg"),
+    ],
+)
+def test_options_without_a_meaning_are_refused_before_anything_runs(
+    more: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(Path("no/such/model"), *more.split())) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_one_prompt_has_no_interval(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "patch",
+        "--model",
+        str(folder),
+        "--clean",
+        CLEAN[0],
+        "--corrupt",
+        CORRUPT[0],
+        "--answer",
+        "a",
+        "--wrong",
+        "b",
+    ]
+    assert main([*words, "--over", "head", "--direction", "noising"]) == 0
+    out = capsys.readouterr().out
+    assert "over 1 prompt\n" in out
+    assert " to " not in out.partition("(noising)")[2]
+    assert main([*words, "--top", "0"]) == 1
+    assert "the top 0" in capsys.readouterr().err

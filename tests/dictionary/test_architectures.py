@@ -147,6 +147,11 @@ def twin_loss(stack: Stack, x: Tensor, y: Tensor, dead: Bool[Tensor, " f"] | Non
     return loss, f
 
 
+def assert_close(found: Tensor, expected: Tensor, name: str) -> None:
+    """With the parameter's name in the message."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("products", ["sparse", "dense"])
 @pytest.mark.parametrize("n_dead", [None, 4, 30])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -164,9 +169,7 @@ def test_a_step_leaves_the_gradients_of_the_published_loss(name: str, n_dead: in
     assert torch.equal(report.fired[0], (f > 0).any(0))
     for parameter, p in stack.named_parameters():
         grad = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.testing.assert_close(
-            grad, expected[parameter], rtol=1e-4, atol=1e-5, msg=lambda m, name=parameter: f"{name}: {m}"
-        )
+        assert_close(grad, expected[parameter], parameter)
 
 
 @pytest.mark.parametrize("products", ["sparse", "dense"])
@@ -188,13 +191,7 @@ def test_members_of_a_stack_are_what_they_would_be_alone(name: str, products: st
         torch.testing.assert_close(report.loss[0], together.loss[member])
         for (parameter, one), all_of_them in zip(alone.named_parameters(), stack.parameters(), strict=True):
             if one.grad is not None and all_of_them.grad is not None:
-                torch.testing.assert_close(
-                    one.grad[0],
-                    all_of_them.grad[member],
-                    rtol=1e-4,
-                    atol=1e-5,
-                    msg=lambda m, name=parameter: f"{name}: {m}",
-                )
+                assert_close(one.grad[0], all_of_them.grad[member], parameter)
 
 
 def test_each_member_can_have_rows_of_its_own() -> None:

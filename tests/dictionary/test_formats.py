@@ -1,89 +1,293 @@
-"""SAELens v6 files: written and read back, and refused when damaged or of another kind."""
+"""What is written: SAELens v6 for all that it can hold, Microtome's own cfg for the rest; both are read back exactly."""
 
 import json
+import re
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tests.makers import topk_dictionary
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from microtome.common.errors import ArtifactError
-from microtome.dictionary import Origin, load_dictionary, save_dictionary
+from microtome.common.errors import ArtifactError, ConfigError
+from microtome.dictionary import (
+    CrossLayerTranscoder,
+    Dictionary,
+    Origin,
+    load_cross_layer_transcoder,
+    load_dictionaries,
+    load_dictionary,
+    save_dictionary,
+)
+from microtome.dictionary.activation import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
+from microtome.dictionary.formats import log_sparsity, read_dictionary
 
 ORIGIN = Origin.at("tiny", "blocks.1.hook_resid_pre", context=24, dataset="abc")
+ACROSS = Origin(model_name="tiny", inputs=("blocks.1.ln2.hook_normalized",), outputs=("blocks.1.hook_mlp_out",))
+SEVERAL = Origin(model_name="tiny", inputs=("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"), prepend_bos=False)
+FIXTURES = Path(__file__).parent / "fixtures"
+M = TypeVar("M", bound=torch.nn.Module)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    save_dictionary(topk_dictionary(8, 20, 3, origin=ORIGIN, center=torch.arange(8.0)), tmp_path)
-    return tmp_path
+def shaken(made: M, seed: int = 0) -> M:
+    """The same module with random parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return made.requires_grad_(False)
 
 
-def test_a_dictionary_survives_a_round_trip(folder: Path, tmp_path: Path) -> None:
-    sae = load_dictionary(folder)
-    assert sae.origin == ORIGIN
-    assert (sae.d_in, sae.d_sae, sae.k) == (8, 20, 3)
-    (tmp_path / "again").mkdir()
-    save_dictionary(sae, tmp_path / "again")
-    assert load_dictionary(tmp_path / "again").fingerprint == sae.fingerprint
-    assert load_file(folder / "sae_weights.safetensors").keys() == {"W_enc", "W_dec", "b_enc", "b_dec"}
+def made_of(name: str, **more: object) -> Dictionary:
+    """One of each kind, by the architecture that it is written with."""
+    number, other = torch.ones(20), torch.ones(20)
+    plain: dict[str, object] = {"center": False}
+    skip = {**plain, "skip": True, "d_out": 6, "origin": ACROSS}
+    kinds: dict[str, tuple[Activation, dict[str, object]]] = {
+        "standard": (ReLU(), {}),
+        "topk": (TopK(3), {}),
+        "jumprelu": (JumpReLU(number), plain),
+        "gated": (Gated(number, other), {}),
+        "transcoder": (ReLU(), {**plain, "d_out": 6, "origin": ACROSS}),
+        "jumprelu_transcoder": (JumpReLU(number), {**plain, "d_out": 6, "origin": ACROSS}),
+        "skip_transcoder": (ReLU(), skip),
+        "jumprelu_skip_transcoder": (JumpReLU(number), skip),
+        "microtome_groupmax": (GroupMax(4), {}),
+        "microtome_topk_transcoder": (TopK(3), {**plain, "d_out": 6, "origin": ACROSS}),
+        "microtome_gated_skip_transcoder": (Gated(number, other), skip),
+        "microtome_topk_crosscoder": (TopK(3), {**plain, "origin": SEVERAL}),
+        "microtome_standard_crosscoder": (ReLU(), {"origin": SEVERAL}),
+    }
+    activation, options = kinds[name]
+    return shaken(Dictionary(8, 20, activation, **{"origin": ORIGIN, **options, **more}))  # type: ignore[arg-type]
 
 
-def test_the_files_mean_what_saelens_says_they_mean(folder: Path) -> None:
+KINDS = [
+    *("standard", "topk", "jumprelu", "gated", "transcoder", "jumprelu_transcoder", "skip_transcoder"),
+    *("jumprelu_skip_transcoder", "microtome_groupmax", "microtome_topk_transcoder", "microtome_gated_skip_transcoder"),
+    *("microtome_topk_crosscoder", "microtome_standard_crosscoder"),
+]
+
+
+def x_of(d: int = 8) -> Tensor:
+    return torch.randn(10, d, generator=torch.Generator().manual_seed(1))
+
+
+def assert_same(ours: Dictionary | CrossLayerTranscoder, theirs: Dictionary | CrossLayerTranscoder) -> None:
+    """Equal to the last bit: origin, weights, codes, reconstructions."""
+    assert (ours.origin, ours.architecture, ours.k) == (theirs.origin, theirs.architecture, theirs.k)
+    assert ours.fingerprint == theirs.fingerprint
+    x = x_of(ours.d_in)
+    assert torch.equal(ours.encode(x).to_dense(), theirs.encode(x).to_dense())
+    assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    made = made_of(name)
+    save_dictionary(made, tmp_path)
+    assert json.loads((tmp_path / "cfg.json").read_text())["architecture"] == name
+    assert read_dictionary(tmp_path).format == ("microtome" if name.startswith("microtome") else "saelens")
+    assert read_dictionary(tmp_path).notes == ()
+    assert_same(load_dictionary(tmp_path), made)
+
+
+def test_tied_weights_are_written_apart(tmp_path: Path) -> None:
+    made = made_of("standard")
+    made.W_dec = made.encoder
+    save_dictionary(made, tmp_path)
+    again = load_dictionary(tmp_path)
+    assert torch.equal(again.W_dec, again.encoder)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+def test_an_input_norm_survives_a_round_trip(norm: str, tmp_path: Path) -> None:
+    made = made_of("topk", input_norm=norm)
+    save_dictionary(made, tmp_path)
+    assert json.loads((tmp_path / "cfg.json").read_text())["normalize_activations"] == norm
+    assert_same(load_dictionary(tmp_path), made)
+
+
+@pytest.mark.parametrize("activations", [ReLU(), JumpReLU(torch.ones(15)), TopK(4), [TopK(1), TopK(2), ReLU()]])
+def test_a_cross_layer_transcoder_survives_a_round_trip(
+    activations: Activation | list[Activation], tmp_path: Path
+) -> None:
+    points = tuple(f"blocks.{i}.hook_resid_mid" for i in range(3))
+    origin = Origin(model_name="tiny", inputs=points, outputs=tuple(f"blocks.{i}.hook_mlp_out" for i in range(3)))
+    made = shaken(CrossLayerTranscoder(4, 5, activations, origin=origin))
+    save_dictionary(made, tmp_path)
+    assert_same(load_cross_layer_transcoder(tmp_path), made)
+    with pytest.raises(ArtifactError, match="load_cross_layer_transcoder"):
+        load_dictionary(tmp_path)
+
+
+def test_the_files_mean_what_saelens_says_they_mean(tmp_path: Path) -> None:
     """Its TopK encoder, written out from the tensors: subtract b_dec, encode, keep k, rectify; decode, add b_dec."""
-    t = load_file(folder / "sae_weights.safetensors")
-    cfg = json.loads((folder / "cfg.json").read_text())
-    assert cfg["architecture"] == "topk"
+    save_dictionary(topk_dictionary(8, 20, 3, origin=ORIGIN, center=torch.arange(8.0)), tmp_path)
+    t = load_file(tmp_path / "sae_weights.safetensors")
+    assert t.keys() == {"W_enc", "W_dec", "b_enc", "b_dec"}
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
     assert cfg["apply_b_dec_to_input"] is True
-    x = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
+    x = x_of()
     pre = (x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]
     kept = pre.topk(cfg["k"], dim=-1)
     f = torch.zeros_like(pre).scatter(-1, kept.indices, kept.values.relu())
-    torch.testing.assert_close(load_dictionary(folder)(x), f @ t["W_dec"] + t["b_dec"])
+    torch.testing.assert_close(load_dictionary(tmp_path)(x), f @ t["W_dec"] + t["b_dec"])
 
 
-def test_files_without_our_config_are_read(folder: Path) -> None:
-    """Only the two files of the format, with keys that this reader has never seen."""
-    cfg = json.loads((folder / "cfg.json").read_text())
+def test_files_with_keys_that_nobody_knows_are_read(tmp_path: Path) -> None:
+    save_dictionary(made_of("topk"), tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
     cfg["metadata"]["something_new"] = 1
     cfg["something_else"] = None
-    (folder / "cfg.json").write_text(json.dumps(cfg))
-    assert load_dictionary(folder).hook_name == ORIGIN.inputs[0]
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    assert load_dictionary(tmp_path).hook_name == ORIGIN.inputs[0]
+
+
+@pytest.mark.parametrize("name", ["standard", "jumprelu", "gated", "jumprelu_skip_transcoder"])
+def test_decoder_norms_folded_on_export(name: str, tmp_path: Path) -> None:
+    """Same output, same latents, decoder rows of norm one, codes times the norms; a row of zeros stays one."""
+    made = made_of(name)
+    with torch.no_grad():
+        made.W_dec[7] = 0
+    before, norms, x = made.fingerprint, made.W_dec.norm(dim=1), x_of()
+    save_dictionary(made, tmp_path, fold_decoder_norms=True, log_sparsity=torch.arange(20.0))
+    again = load_dictionary(tmp_path)
+    assert made.fingerprint == before
+    torch.testing.assert_close(again.W_dec.norm(dim=1), (norms > 0).float())
+    torch.testing.assert_close(again(x), made(x))
+    factor = norms.where(norms > 0, torch.tensor(1.0))
+    torch.testing.assert_close(again.encode(x).to_dense(), made.encode(x).to_dense() * factor)
+    assert torch.equal(torch.as_tensor(log_sparsity(tmp_path)), torch.arange(20.0))
+
+
+def test_decoder_norms_are_not_folded_where_that_changes_the_codes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="which latents are the largest"):
+        save_dictionary(made_of("topk"), tmp_path, fold_decoder_norms=True)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_small_dtypes(dtype: str, tmp_path: Path) -> None:
+    """Written as they are, read into the dtype that is asked for."""
+    small = load_dictionary(FIXTURES / "saelens/jumprelu", dtype=dtype)
+    save_dictionary(small, tmp_path)
+    stored = load_file(tmp_path / "sae_weights.safetensors")["W_dec"]
+    assert stored.dtype == small.W_dec.dtype != torch.float32
+    assert torch.equal(load_dictionary(tmp_path).W_dec, small.W_dec.float())
+    assert load_dictionary(tmp_path, dtype=dtype).fingerprint == small.fingerprint
+
+
+def test_a_folder_of_folders(tmp_path: Path) -> None:
+    for i in (0, 2, 10):
+        (tmp_path / f"layer_{i}").mkdir()
+        save_dictionary(shaken(made_of("transcoder"), i), tmp_path / f"layer_{i}")
+    (tmp_path / "notes").mkdir()
+    assert [made.path.name for made in load_dictionaries(tmp_path)] == ["layer_0", "layer_2", "layer_10"]
+    with pytest.raises(ArtifactError, match="There are no dictionaries"):
+        load_dictionaries(tmp_path / "notes")
+
+
+def test_hints_say_where_it_belongs(tmp_path: Path) -> None:
+    save_dictionary(made_of("standard", origin=Origin.at("unknown", "unknown")), tmp_path)
+    made = load_dictionary(tmp_path, hook_name="blocks.5.hook_mlp_out", model_name="gpt2")
+    assert (made.hook_name, made.model_name, made.is_transcoder) == ("blocks.5.hook_mlp_out", "gpt2", False)
+    across = load_dictionary(tmp_path, hook_name="blocks.5.hook_resid_mid", hook_name_out="blocks.5.hook_mlp_out")
+    assert across.is_transcoder
+    save_dictionary(made_of("microtome_topk_crosscoder"), tmp_path)
+    with pytest.raises(ConfigError, match="one point"):
+        load_dictionary(tmp_path, hook_name="blocks.5.hook_mlp_out")
+
+
+@pytest.mark.parametrize("name", ["standard", "standard_plain", "gated", "jumprelu"])
+def test_a_model_with_centred_writing_weights(name: str, tmp_path: Path) -> None:
+    """Trained on activations of mean zero: on those as they are, the codes are what SAELens's are on the centred ones."""
+    source = FIXTURES / "saelens" / name
+    cfg = json.loads((source / "cfg.json").read_text())
+    cfg["metadata"]["model_from_pretrained_kwargs"] = {"center_writing_weights": True, "fold_ln": False}
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    (tmp_path / "sae_weights.safetensors").write_bytes((source / "sae_weights.safetensors").read_bytes())
+    reading = read_dictionary(tmp_path)
+    plain, x = load_dictionary(source), x_of() + 3
+    centred = x - x.mean(1, keepdim=True)
+    torch.testing.assert_close(
+        reading.dictionary.encode(x).to_dense(), plain.encode(centred).to_dense(), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(reading.dictionary(x), plain(centred), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain(x), plain(centred), atol=1e-2)
+    assert "fold_ln=False" in reading.notes[0]
+    assert "mean over d_model" in reading.notes[1]
+
+
+def test_centred_writing_weights_take_the_mean_from_the_stream() -> None:
+    """What the folding rests on, on a GPT-2: centring all that writes leaves the logits and takes each row's mean away."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_positions=16, n_embd=12, n_layer=2, n_head=2, initializer_range=0.3)
+    model, centred = GPT2LMHeadModel(config).eval(), GPT2LMHeadModel(config).eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for key, value in state.items():
+        if key.endswith(("wte.weight", "wpe.weight", "c_proj.weight", "c_proj.bias")):
+            state[key] = value - value.mean(-1, keepdim=True)
+    state["lm_head.weight"] = model.lm_head.weight.clone()
+    centred.lm_head.weight = torch.nn.Parameter(centred.lm_head.weight.clone())  # else it is the embedding
+    centred.load_state_dict(state)
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        before, after = model(tokens, output_hidden_states=True), centred(tokens, output_hidden_states=True)
+    stream = before.hidden_states[1]
+    assert stream.mean(-1).abs().max() > 0.01
+    torch.testing.assert_close(after.hidden_states[1], stream - stream.mean(-1, keepdim=True), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after.logits, before.logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("said", "hub"),
     [
-        ("architecture", "gated", "architecture 'gated'"),
-        ("apply_b_dec_to_input", False, "apply_b_dec_to_input False"),
-        ("normalize_activations", "layer_norm", "normalize_activations 'layer_norm'"),
-        ("rescale_acts_by_decoder_norm", True, "rescale_acts_by_decoder_norm True"),
-        ("k", "many", "k 'many'"),
-        ("d_in", 9, r"W_enc \(8, 20\)"),
+        ("gpt2-small", "gpt2"),
+        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"),
+        ("gemma-2-2b", "google/gemma-2-2b"),
     ],
 )
-def test_kinds_that_cannot_be_read_yet_are_named(folder: Path, key: str, value: object, message: str) -> None:
-    cfg = json.loads((folder / "cfg.json").read_text())
-    (folder / "cfg.json").write_text(json.dumps({**cfg, key: value}))
-    with pytest.raises(ArtifactError, match=message):
-        load_dictionary(folder)
+def test_short_names_of_models_are_those_of_the_hub(said: str, hub: str, tmp_path: Path) -> None:
+    save_dictionary(made_of("standard", origin=Origin.at(said, "blocks.1.hook_resid_pre")), tmp_path)
+    assert load_dictionary(tmp_path).model_name == hub
+    save_dictionary(load_dictionary(tmp_path), tmp_path)
+    assert load_dictionary(tmp_path).model_name == hub
 
 
-def test_damaged_and_missing_files(folder: Path, tmp_path: Path) -> None:
-    weights = folder / "sae_weights.safetensors"
-    tensors = load_file(weights)
-    save_file({name: t for name, t in tensors.items() if name != "b_enc"}, weights)
-    with pytest.raises(ArtifactError, match="b_enc None"):
-        load_dictionary(folder)
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ArtifactError, match="damaged"):
-        load_dictionary(folder)
-    weights.unlink()
-    with pytest.raises(ArtifactError, match="no weights"):
-        load_dictionary(folder)
-    (folder / "cfg.json").write_text("{")
-    with pytest.raises(ArtifactError, match="not valid JSON"):
-        load_dictionary(folder)
-    with pytest.raises(ArtifactError, match="There is no dictionary"):
-        load_dictionary(tmp_path / "nowhere")
+def test_centring_does_not_touch_what_is_not_on_the_stream(tmp_path: Path) -> None:
+    for folder, hook in (("z", "blocks.3.attn.hook_z"), ("post", "blocks.3.mlp.hook_post")):
+        (tmp_path / folder).mkdir()
+        made = made_of("standard", origin=Origin.at("tiny", hook))
+        save_dictionary(made, tmp_path / folder)
+        cfg = json.loads((tmp_path / folder / "cfg.json").read_text())
+        cfg["metadata"]["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
+        (tmp_path / folder / "cfg.json").write_text(json.dumps(cfg))
+        assert load_dictionary(tmp_path / folder).fingerprint == made.fingerprint
+
+
+@pytest.mark.parametrize("name", [kind for kind in KINDS if not kind.startswith("microtome")])
+def test_saelens_opens_what_is_written(name: str, tmp_path: Path) -> None:
+    """Its own loader, its own activations and outputs."""
+    saelens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install 'sae-lens>=6'")
+    made, x = made_of(name), x_of()
+    save_dictionary(made, tmp_path)
+    theirs = saelens.saes.sae.SAE.load_from_disk(tmp_path)
+    assert theirs.cfg.architecture() == name
+    assert theirs.cfg.metadata.hook_name == made.hook_name
+    torch.testing.assert_close(theirs.encode(x), made.encode(x).to_dense(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs(x), made(x), atol=1e-5, rtol=1e-5)
+
+
+def test_saelens_opens_heads_and_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+    saelens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install 'sae-lens>=6'")
+    made, x = made_of("standard", origin=Origin.at("tiny", "blocks.1.attn.hook_z")), x_of()
+    save_dictionary(made, tmp_path)
+    theirs = saelens.saes.sae.SAE.load_from_disk(tmp_path)
+    torch.testing.assert_close(theirs(x.view(10, 2, 4)).flatten(1), made(x), atol=1e-5, rtol=1e-5)
+    save_dictionary(made_of("microtome_groupmax"), tmp_path)
+    with pytest.raises(Exception, match=re.escape("microtome_groupmax")):
+        saelens.saes.sae.SAE.load_from_disk(tmp_path)

@@ -18,7 +18,7 @@ from microtome.dictionary.config import (
 )
 from microtome.dictionary.kept import DenseKept, SparseKept
 from microtome.dictionary.products import Transpose, sampled_products, weighted_sums
-from microtome.dictionary.selection import batch_top_k, top_k
+from microtome.dictionary.selection import Groups, batch_top_k, top_k
 
 S, N, D, F, K = 2, 20, 7, 33, 4
 
@@ -35,19 +35,49 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_top_k_finds_the_largest_of_each_row() -> None:
-    pre = normal(50, 1024).bfloat16()
-    found = pre.gather(1, top_k(pre, 32)).sort(1).values
-    assert torch.equal(found, pre.sort(1).values[:, -32:])
+SELECTED: dict[str, Tensor] = {
+    "normal": normal(50, 1024),
+    "many equal": normal(50, 1024).mul(2).round(),
+    "mostly negative": normal(50, 1024) - 2.5,
+    "one row has all": torch.cat([normal(1, 1024) + 10, normal(49, 1024)]),
+    "no groups": normal(50, 1001),
+}
 
 
-def test_batch_top_k_finds_the_largest_positive_of_the_batch() -> None:
-    pre = normal(30, 40)
-    mask = batch_top_k(pre, 90)
-    edge = pre.flatten().sort(descending=True).values[89]
-    assert torch.equal(mask, pre >= edge)
-    assert int(batch_top_k(pre, 1100).sum()) == int((pre > 0).sum())
-    assert torch.equal(batch_top_k(pre, 1200), pre > 0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", SELECTED)
+def test_top_k_finds_the_largest_of_each_row(name: str, dtype: torch.dtype) -> None:
+    pre = SELECTED[name].to(dtype)
+    found = top_k(pre, 20)
+    assert all(len(set(row)) == 20 for row in found.tolist())
+    largest = pre.relu().sort(1).values[:, -20:]
+    assert torch.equal(pre.gather(1, found).relu().sort(1).values, largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", SELECTED)
+@pytest.mark.parametrize("k", [90, 50 * 20, 50 * 1000])
+def test_batch_top_k_finds_the_largest_positive_of_the_batch(name: str, dtype: torch.dtype, k: int) -> None:
+    pre = SELECTED[name].to(dtype)
+    flat = pre.flatten()
+    edge = flat.sort(descending=True).values[k - 1].clamp_min(0)
+    expected = ((flat >= edge) & (flat > 0)).nonzero().squeeze(1)
+    places = batch_top_k(pre, k)
+    assert torch.equal(places.sort().values, expected)
+    assert bool(((places // pre.shape[1]).diff() >= 0).all())
+
+
+def test_quick_ways_are_taken_where_groups_fit() -> None:
+    assert Groups.of(SELECTED["normal"], 20) is not None
+    assert Groups.of(SELECTED["no groups"], 20) is None
+    assert Groups.of(SELECTED["normal"], 1000) is None
+
+
+def test_entries_at_places_are_those_of_a_mask(mask: Bool[Tensor, "S n F"]) -> None:
+    kept = SparseKept.of_mask(mask)
+    member, row, latent = mask.nonzero(as_tuple=True)
+    assert torch.equal(kept.latents, member * F + latent)
+    assert torch.equal(kept.rows, member * N + row)
 
 
 def test_products_at_entries_are_those_of_dense_matrices(mask: Bool[Tensor, "S n F"]) -> None:

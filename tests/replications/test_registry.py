@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import microtome as mt
-from microtome.common.errors import ConfigError, InputError, MissingDependencyError
+from microtome.common.errors import ArtifactError, ConfigError, InputError, MissingDependencyError
 from microtome.common.progress import Progress
 from microtome.model import HookedModel
 from microtome.replications import REPLICATIONS, Replication, find
@@ -73,6 +73,16 @@ def test_presets_settings_and_seed_reach_the_run() -> None:
     assert report["far"].measured == 7
     assert report.provenance["config"] == {"n": 7, "least": 1.0, "seed": 5}
     assert report.provenance["seed"] == 5
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here")
+
+    def never(config: CountConfig, model: HookedModel | None, progress: Progress) -> Report:
+        raise AssertionError("it ran")
+
+    with pytest.raises(ArtifactError, match="cannot be made"):
+        mt.replicate(counting(run=never), out=tmp_path / "file")
 
 
 def test_an_unknown_setting_lists_the_nearest() -> None:

@@ -31,7 +31,7 @@ from microtome.circuits.backward import Activations, chunks, differentiate, meas
 from microtome.circuits.edges import EdgeScores
 from microtome.circuits.effects import Axis, Effects, head_axis, layer_axis, numbers
 from microtome.circuits.metrics import AnyMetric, Metric, as_metric
-from microtome.circuits.pairs import Pair, pair
+from microtome.circuits.pairs import Pair, pair, position_labels
 from microtome.circuits.rules import rule_taps
 from microtome.common.errors import ModelError
 from microtome.common.progress import progress
@@ -166,7 +166,7 @@ class NodeScores:
                 got=f"no hook point {missing[0]}" if missing else "a model without blocks",
                 fix=beside if config.over == "resid_mid" and model.spec.parallel else None,
             )
-        self.over, self.by_position, self.sizes = config.over, config.by_position, model.config
+        self.model, self.over, self.by_position = model, config.over, config.by_position
         self.at = self.written = self.stages = self.names
         self.reads: list[HookName] = []
         self.scores: list[Tensor] = []
@@ -194,11 +194,12 @@ class NodeScores:
         return torch.stack(self.scores)
 
     def axes(self, pair: Pair) -> tuple[Axis, ...]:
-        axes = [layer_axis(self.sizes.n_layers)]
+        sizes = self.model.config
+        axes = [layer_axis(sizes.n_layers)]
         if self.over in ("head", "q"):
-            axes.append(head_axis(self.sizes.n_heads))
+            axes.append(head_axis(sizes.n_heads))
         elif self.over in ("k", "v"):
-            axes.append(Axis("key/value head", numbers(self.sizes.n_kv_heads)))
+            axes.append(Axis("key/value head", numbers(sizes.n_kv_heads)))
         elif self.over == "neuron":
-            axes.append(Axis("neuron", numbers(self.sizes.d_mlp)))
-        return tuple(axes) + ((Axis("position", numbers(pair.n_positions)),) if self.by_position else ())
+            axes.append(Axis("neuron", numbers(sizes.d_mlp)))
+        return tuple(axes) + ((position_labels(self.model, pair.clean),) if self.by_position else ())

@@ -71,13 +71,20 @@ class AttributeConfig:
         known = {"level": LEVELS, "method": METHODS, "over": tuple(POINTS), "direction": DIRECTIONS}
         for name, valid in known.items():
             if getattr(self, name) not in valid:
-                raise unknown_name(name, getattr(self, name), valid)
+                kind = "part to attribute to (over)" if name == "over" else name
+                raise unknown_name(kind, getattr(self, name), valid)
         require(self.steps > 0, "steps must be positive", got=self.steps)
         require(self.batch_size > 0, "batch_size must be positive", got=self.batch_size)
         require(
             self.level == "node" or not self.by_position,
             "Edges are scored over all positions together",
             expected="level='node' for scores by position",
+        )
+        require(
+            self.level == "node" or self.over == AttributeConfig.over,
+            "Edges run between heads, MLPs, embedding and logits: there is nothing to choose with `over`",
+            got=f"over={self.over!r}",
+            expected="level='node' for scores of other parts",
         )
 
     @classmethod

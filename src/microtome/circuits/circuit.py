@@ -115,7 +115,9 @@ class Circuit:
         return sorted(found)
 
     def top_edges(self, n: int = 10) -> list[Edge]:
-        """The n edges with the largest scores in size. Raises InputError for a circuit without scores."""
+        """The n edges with the largest scores in size. Raises InputError for a circuit without scores, and for an n below 1."""
+        if n < 1:
+            raise InputError("There is nothing to list", got=f"the top {n}", expected="1 or more")
         if self.scores is None:
             raise InputError("The edges of this circuit have no scores")
         return sorted(self.edges, key=lambda edge: -abs(edge.score or 0.0))[:n]

@@ -103,8 +103,9 @@ def composition_scores(model: HookedModel, *, samples: int = 200, seed: int = 0)
     written: list[Tensor] = []
     for layer in range(n):
         for part, (reads, other) in _readers(weights, layer).items():
+            narrow = _narrow(reads, other)
             for before, by in enumerate(written):
-                scores[part][before, :, layer] = _scores(by, reads, other).cpu()
+                scores[part][before, :, layer] = _scores(by, narrow).cpu()
         V, W_O = weights.W_V(layer), weights.W_O(layer)
         written.append(_small(V) @ W_O)
     return Composition(**scores, baseline=random_composition(config.d_model, config.d_head, samples=samples, seed=seed))
@@ -121,7 +122,7 @@ def random_composition(d_model: int, d_head: int, *, samples: int = 200, seed: i
     found = []
     for _ in range(samples):
         V, O, Q, K = (torch.randn(d_model, d_head, generator=rng) for _ in range(4))  # noqa: E741 - W_Oᵀ
-        found.append(float(_scores((_small(V) @ O.T)[None], Q[None], K[None])))
+        found.append(float(_scores((_small(V) @ O.T)[None], _narrow(Q[None], K[None]))))
     values = torch.tensor(found, dtype=torch.float64)
     return Baseline(float(values.mean()), float(values.std()))
 
@@ -132,16 +133,21 @@ def _readers(weights: CircuitWeights, layer: int) -> dict[Part, tuple[Tensor, Te
     return {"Q": (Q, K), "K": (K, Q), "V": (weights.W_V(layer), weights.W_O(layer).mT)}
 
 
+def _narrow(
+    reads: Float[Tensor, "readers d_model d_head"], other: Float[Tensor, "readers d_model d_head"]
+) -> Float[Tensor, "readers d_model rank"]:
+    """A Rᵀ, as large as A Bᵀ for every product from the left."""
+    return reads @ _small(other).mT
+
+
 def _scores(
-    written: Float[Tensor, "writers d_head d_model"],
-    reads: Float[Tensor, "readers d_model d_head"],
-    other: Float[Tensor, "readers d_model d_head"],
+    written: Float[Tensor, "writers rank d_model"], narrow: Float[Tensor, "readers d_model other"]
 ) -> Float[Tensor, "writers readers"]:
-    """‖W (A Bᵀ)‖ / ‖W‖ ‖A Bᵀ‖ for each writer W = R W_O, and each reader A Bᵀ."""
-    narrow = reads @ _small(other).mT
-    product = torch.einsum("wad,rdb->wrab", written, narrow)
+    """‖W (A Bᵀ)‖ / ‖W‖ ‖A Bᵀ‖ for each writer W = R W_O, and each reader A Bᵀ as `_narrow` has it."""
+    product = written.flatten(0, 1) @ narrow.movedim(1, 0).flatten(1)
+    squares = product.square().view(len(written), -1, len(narrow), narrow.shape[-1]).sum((1, 3))
     sizes = written.square().sum((-1, -2)).sqrt()[..., None] * narrow.square().sum((-1, -2)).sqrt()
-    return product.square().sum((-1, -2)).sqrt() / sizes.clamp_min(1e-30)
+    return squares.sqrt() / sizes.clamp_min(1e-30)
 
 
 def _small(W: Float[Tensor, "*heads d_model d_head"]) -> Float[Tensor, "*heads rank d_head"]:

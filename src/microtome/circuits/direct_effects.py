@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from microtome.circuits.effects import Axis, Effects, numbers, position_axis
+from microtome.circuits.effects import Axis, Effects
 from microtome.circuits.lens import Readout
 from microtome.circuits.metrics import Answers, answer_ids
-from microtome.circuits.pairs import aligned
+from microtome.circuits.pairs import aligned, position_labels
 from microtome.common.errors import InputError, ModelError, unknown_name
 from microtome.dictionary import Dictionary
 from microtome.dictionary.fit import check_fit
@@ -109,9 +109,8 @@ def logit_attribution(
     capped = None
     if Readout(model).softcap is not None:
         capped = _difference(logits[:, kept], right, other).T.cpu()
-    strings = model.to_str_tokens(prompts.tokens[0]) if model.tokenizer is not None and n == 1 else numbers(size)
-    axis = position_axis(strings) if n == 1 and model.tokenizer is not None else Axis("position", tuple(strings))
-    places = Axis("position", tuple(axis.labels[p] for p in kept))
+    columns = position_labels(model, prompts)
+    places = Axis(columns.name, tuple(columns.labels[p] for p in kept))
     effects = Effects(
         values=values.transpose(1, 2).cpu(),
         axes=(Axis("component", tuple(labels)), places),

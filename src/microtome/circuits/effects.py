@@ -52,7 +52,10 @@ class Effects:
         return bootstrap(self.values, confidence, draws=draws, seed=seed)
 
     def top(self, k: int = 10, *, by_size: bool = True) -> list[tuple[tuple[str, ...], float]]:
-        """The k places with the largest mean, by its absolute value unless `by_size` is False: (labels, mean)."""
+        """The k places with the largest mean, by its absolute value unless `by_size` is False: (labels, mean). Raises InputError
+        for a k below 1."""
+        if k < 1:
+            raise InputError("There is nothing to list", got=f"the top {k}", expected="1 or more")
         flat = self.mean.flatten()
         order = (flat.abs() if by_size else flat).argsort(descending=True, stable=True)[:k]
         places = torch.unravel_index(order, self.mean.shape)

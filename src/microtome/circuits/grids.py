@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
-from microtome.circuits.effects import Axis, head_axis, numbers, position_axis
+from microtome.circuits.effects import Axis, head_axis, numbers
+from microtome.circuits.pairs import position_labels
 from microtome.circuits.rows import Columns, Intervention, Write, columns_of
 from microtome.common.errors import InputError, unknown_name
 from microtome.model.capture import head_axis as heads_at
@@ -113,8 +113,8 @@ def grid(
     columns = columns_of(prompts, positions)
     if not by_position:
         return Grid(tuple(axes), tuple((some, columns) for some in parts), notes)
-    axis, each = _positions(model, prompts, columns)
-    return Grid((*axes, axis), tuple((some, one) for some in parts for one in each), notes)
+    each = _positions(prompts, columns)
+    return Grid((*axes, position_labels(model, prompts)), tuple((some, one) for some in parts for one in each), notes)
 
 
 def _known(model: HookedModel, name: HookName) -> HookName:
@@ -132,14 +132,8 @@ def _heads(model: HookedModel, over: str) -> tuple[Axis, tuple[str, ...]]:
     return Axis("key/value head", labels), (note,)
 
 
-def _positions(model: HookedModel, prompts: Prompts, columns: Columns | None) -> tuple[Axis, list[Tensor]]:
-    """One place for each column; columns of padded prompts are counted from the end."""
-    n, size = prompts.tokens.shape
-    every = torch.eye(size, dtype=torch.bool)
+def _positions(prompts: Prompts, columns: Columns | None) -> list[Columns]:
+    """One place for each column."""
+    size = prompts.tokens.shape[1]
     allowed = torch.ones(1, size, dtype=torch.bool) if columns is None else columns.cpu()
-    each = [every[i][None] & allowed for i in range(size)]
-    if prompts.mask is not None:
-        return Axis("position", tuple(str(i - size) for i in range(size))), each
-    if n == 1 and model.tokenizer is not None:
-        return position_axis(model.to_str_tokens(prompts.tokens[0])), each
-    return Axis("position", numbers(size)), each
+    return [one[None] & allowed for one in torch.eye(size, dtype=torch.bool)]

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from microtome.circuits.effects import Axis, Effects, numbers, position_axis
+from microtome.circuits.effects import Axis, Effects
 from microtome.circuits.metrics import Answers, answer_ids
-from microtome.circuits.pairs import aligned
+from microtome.circuits.pairs import aligned, position_labels
 from microtome.common.errors import InputError, ModelError
 from microtome.model.folding import unknown_inside
 from microtome.model.hooked import HookedModel, Input
@@ -144,11 +144,8 @@ class Lens:
 
     @property
     def positions(self) -> Axis:
-        """The axis of positions: with the tokens' texts for a single prompt."""
-        tokens = self.prompts.tokens
-        if len(tokens) > 1 or self.readout.model.tokenizer is None:
-            return Axis("position", numbers(tokens.shape[1]))
-        return position_axis(self.readout.model.to_str_tokens(tokens[0]))
+        """The axis of positions (`position_labels`)."""
+        return position_labels(self.readout.model, self.prompts)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from microtome.circuits.effects import Axis, numbers, position_axis
 from microtome.common.errors import InputError
 from microtome.model.hooked import HookedModel, Input
 from microtome.model.prompts import Prompts, checked
@@ -66,6 +67,17 @@ def pair(model: HookedModel, clean: Input, corrupt: Input) -> Pair:
             "The clean and the corrupt prompts are the same", fix="Let them differ in what is to be traced"
         )
     return Pair(left, right)
+
+
+def position_labels(model: HookedModel, prompts: Prompts) -> Axis:
+    """The axis of the columns of prompts: with the tokens' texts for a single prompt; columns of padded prompts are counted from
+    the end, where all of them have a token."""
+    n, size = prompts.tokens.shape
+    if prompts.mask is not None:
+        return Axis("position", tuple(str(i - size) for i in range(size)))
+    if n == 1 and model.tokenizer is not None:
+        return position_axis(model.to_str_tokens(prompts.tokens[0]))
+    return Axis("position", numbers(size))
 
 
 def _lengths(prompts: Prompts) -> Int[Tensor, " prompts"]:

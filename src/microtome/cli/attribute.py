@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from microtome.cli.effects import as_text, draw, top_places
+from microtome.cli.effects import as_text, check_figure, draw, top_places
 from microtome.cli.options import CommandOptions
 from microtome.common.device import DTypeName
 from microtome.common.errors import ConfigError
@@ -65,6 +65,7 @@ def run(options: Options) -> dict[str, Any]:
         raise ConfigError(
             "Edges are drawn as a circuit", fix="microtome circuit --figure FILE.svg draws the best of them"
         )
+    check_figure(options.figure, 1 + (options.over in ("head", "q", "k", "v", "neuron")) + options.by_position)
     from microtome.circuits import attribute, logit_difference
     from microtome.model import load_model
 

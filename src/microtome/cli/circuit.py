@@ -100,6 +100,8 @@ def _check(options: Options) -> None:
         raise ConfigError("A circuit is drawn as SVG or as Graphviz text", got=options.figure, expected=".svg or .dot")
     if options.out is not None and options.out.exists() and not options.overwrite:
         raise ConfigError(f"{options.out} is already there", fix="Choose another name, or say --overwrite")
+    if options.edges < 1:
+        raise ConfigError("A circuit cannot have so many edges", got=options.edges, expected="1 or more")
     if options.circuit is not None and options.curve:
         raise ConfigError("A curve is of circuits of growing size, not of one", fix="Leave out --circuit or --curve")
 
@@ -131,11 +133,13 @@ def _found(options: Options, on: "CircuitRunner") -> tuple["Circuit", dict[str, 
 def show(result: dict[str, Any]) -> str:
     """Faithfulness, curves, the largest edges."""
     f, circuit = result["faithfulness"], result["circuit"]
+    n = f["n_prompts"]
+    interval = f" ({f['low']:.3f} to {f['high']:.3f})" if n > 1 else ""
     heads = sum(".H" in node for node in circuit["nodes"])
     rows = [
         f"{circuit['n_edges']:,} edges ({circuit['fraction']:.2%} of the model's), {heads} heads, "
         f"{sum('mlp' in node for node in circuit['nodes'])} MLPs",
-        f"faithfulness {f['faithfulness']:.3f} ({f['low']:.3f} to {f['high']:.3f}) over {f['n_prompts']} prompts: {f['metric']} "
+        f"faithfulness {f['faithfulness']:.3f}{interval} over {n} prompt{'s' * (n > 1)}: {f['metric']} "
         f"{f['circuit']:.3f}, whole model {f['full']:.3f}, {f['replace']} {f['empty']:.3f}",
     ]
     for name in ("curve", "random"):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from microtome.cli.effects import check_figure
 from microtome.cli.options import CommandOptions
 from microtome.common.device import DTypeName
 
@@ -44,6 +45,7 @@ class Options(CommandOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Score the heads and list the best of each kind, with 95 % bootstrap intervals over sequences."""
+    check_figure(options.figure)
     from microtome.circuits import head_scores
     from microtome.model import load_model
 
@@ -60,6 +62,7 @@ def run(options: Options) -> dict[str, Any]:
     )
     result: dict[str, Any] = {
         "model": options.model,
+        "sequences": options.batch,
         "kinds": {kind: _kind(scores, kind, options.top) for kind in scores},
     }
     return result if options.figure is None else {**result, "figure": str(_draw(scores, options.figure))}
@@ -89,7 +92,6 @@ def _draw(scores: "HeadScores", path: Path) -> Path:
 
     kind = next(iter(scores))
     grid = scores[kind]
-    path.parent.mkdir(parents=True, exist_ok=True)
     Heatmap(
         grid,
         rows=[str(i) for i in range(grid.shape[0])],
@@ -109,7 +111,7 @@ def show(result: dict[str, Any]) -> str:
     rows = []
     for kind, of_kind in result["kinds"].items():
         rows.append(f"{kind.replace('_', ' ')}  ({of_kind['note']})")
-        rows += [
-            f"  {row['head']:<9}{row['score']:>7.3f}   {row['low']:.3f} to {row['high']:.3f}" for row in of_kind["top"]
-        ]
+        for row in of_kind["top"]:
+            interval = f"   {row['low']:.3f} to {row['high']:.3f}" if result["sequences"] > 1 else ""
+            rows.append(f"  {row['head']:<9}{row['score']:>7.3f}{interval}")
     return "\n".join([*rows, *([result["figure"]] if "figure" in result else [])])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from microtome.cli.effects import check_figure
 from microtome.cli.options import CommandOptions
 from microtome.common.device import DTypeName
 
@@ -27,7 +28,7 @@ class Options(CommandOptions):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     answer: str | None = None
-    """A token to follow: its probability and rank at each depth (mind the space in front)."""
+    """A token to follow: its probability and rank (0 is the likeliest) at each depth; mind the space in front."""
     top: int = 3
     """How many of the likeliest tokens to show."""
     tuned: Path | None = None
@@ -40,6 +41,7 @@ class Options(CommandOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Run the prompt once and read every depth."""
+    check_figure(options.figure)
     from microtome.circuits import TunedLens, logit_lens
     from microtome.model import load_model
 
@@ -68,7 +70,6 @@ def _draw(lens: "Lens", options: Options) -> Path:
         limits=(0, 1),
         caption="; ".join(lens.notes),
     )
-    options.figure.parent.mkdir(parents=True, exist_ok=True)
     figure.save(options.figure)
     return options.figure
 

@@ -4,8 +4,8 @@
 2. The chosen module has `Options` (a frozen dataclass that tyro fills), `run(options) -> dict`, `show(result) -> str`.
 3. The result goes to standard output, as JSON with `--json`; progress and errors go to standard error.
 
-Exit status: 0 done; 1 a MicrotomeError, or a result with `"ok": False`; 2 a command line that cannot be read; 130
-stopped.
+Exit status: 0 done; 1 a MicrotomeError, a file that cannot be read or written, or a result with `"ok": False`; 2 a command
+line that cannot be read; 130 stopped.
 """
 
 import importlib
@@ -47,6 +47,7 @@ COMMANDS = {
     "train": Command("microtome.cli.train", "train a dictionary on activations", resumes=True),
     "train-lm": Command("microtome.cli.train_lm", "train a small language model from nothing", resumes=True),
     "evaluate": Command("microtome.cli.evaluate", "measure a dictionary on text it was not trained on"),
+    "convert": Command("microtome.cli.convert", "read a dictionary of any format and write it as SAELens does"),
     "index": Command(
         "microtome.cli.index", "one pass over text: statistics and examples of every latent", resumes=True
     ),
@@ -118,13 +119,16 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     except MicrotomeError as error:
         print(f"microtome {name}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a folder that may not be written, a full disk
+        print(f"microtome {name}: {error.strerror or error}. Got: {error.filename or 'no file name'}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         kept = _KEPT if COMMANDS[name].resumes else "Nothing was changed."
         print(f"\nmicrotome {name}: stopped. {kept}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return 0 if result.get("ok", True) else 1
 
 

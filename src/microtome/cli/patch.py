@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from microtome.cli.effects import as_text, draw, top_places
+from microtome.cli.effects import as_text, check_figure, draw, top_places
 from microtome.cli.options import CommandOptions
 from microtome.common.device import DTypeName
 from microtome.common.errors import ConfigError
@@ -30,12 +30,13 @@ class Options(CommandOptions):
     """The right next token, one for all prompts or one for each; mind the space in front of it."""
     wrong: Texts
     """The wrong next token, likewise."""
-    over: str = "resid_pre"
-    """resid_pre, resid_mid, resid_post, attn_out, mlp_out, layer, head, q, k, v or pattern; with --receivers head or mlp."""
+    over: str | None = None
+    """resid_pre (not said: this), resid_mid, resid_post, attn_out, mlp_out, layer, head, q, k, v, pattern or neuron; with
+    --receivers head (not said: this) or mlp."""
     by_position: bool | None = None
     """Patch each position alone: True or False. Not said: True for the residual stream and what is added to it."""
-    direction: str = "denoising"
-    """denoising: clean activations into the corrupt run; noising: the other way round."""
+    direction: str | None = None
+    """denoising: clean activations into the corrupt run (not said: this); noising: the other way round."""
     normalize: bool = False
     """Show 0 for no effect and 1 for the other run's metric."""
     receivers: tuple[str, ...] = ()
@@ -60,10 +61,7 @@ class Options(CommandOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Patch, and list the places that matter most with 95 % bootstrap intervals over prompts."""
-    if options.senders and not options.receivers:
-        raise ConfigError("Senders need receivers", fix="Say --receivers logits, for example")
-    if options.direction not in ("denoising", "noising"):
-        raise ConfigError("No such direction of patching", got=options.direction, expected="denoising or noising")
+    _check(options)
     from microtome.circuits import logit_difference
     from microtome.model import load_model
 
@@ -84,6 +82,31 @@ def run(options: Options) -> dict[str, Any]:
     return result if options.figure is None else {**result, "figure": str(draw(effect, options.figure))}
 
 
+def _check(options: Options) -> None:
+    """Before anything is run. Raises ConfigError for options that cannot be, or mean nothing beside each other."""
+    if options.direction not in (None, "denoising", "noising"):
+        raise ConfigError("No such direction of patching", got=options.direction, expected="denoising or noising")
+    useless = ("by_position", "direction", "normalize") if options.receivers else ("senders", "freeze_mlps")
+    useless = (*useless, "over") if options.senders and options.receivers else useless
+    said = [f"--{name.replace('_', '-')}" for name in useless if getattr(options, name) != getattr(Options, name)]
+    if said and options.receivers:
+        raise ConfigError(
+            "Paths are patched from all --senders together, or from each head or MLP alone, into the clean run",
+            got=", ".join(said),
+            fix="Leave that out; without --receivers activations are patched",
+        )
+    if said:
+        raise ConfigError("Paths need receivers", got=", ".join(said), fix="Say --receivers logits, for example")
+    check_figure(options.figure, _n_axes(options))
+
+
+def _n_axes(options: Options) -> int:
+    if options.receivers:
+        return 0 if options.senders else 2 - (options.over == "mlp")
+    by_layer = options.over not in ("head", "z", "q", "k", "v", "pattern", "neuron")
+    return 2 - by_layer + (by_layer if options.by_position is None else options.by_position)
+
+
 def _activations(options: Options, model: Any, metric: Any) -> tuple["Effects", "Effects"]:
     """The effects, and what to show of them: the change by the patch, or the normalized metric."""
     from microtome.circuits import activation_patching
@@ -93,7 +116,7 @@ def _activations(options: Options, model: Any, metric: Any) -> tuple["Effects", 
         list(options.clean),
         list(options.corrupt),
         metric,
-        options.over,
+        options.over or "resid_pre",
         by_position=options.by_position,
         direction="noising" if options.direction == "noising" else "denoising",
         normalize=options.normalize,
@@ -101,7 +124,7 @@ def _activations(options: Options, model: Any, metric: Any) -> tuple["Effects", 
     )
     if options.normalize:
         return effects, effects
-    base = effects.corrupt if options.direction == "denoising" else effects.clean
+    base = effects.clean if options.direction == "noising" else effects.corrupt
     assert base is not None
     return effects, effects.relabelled(f"change of the {effects.what}", effects.values - base)
 
@@ -114,7 +137,7 @@ def _paths(options: Options, model: Any, metric: Any) -> tuple["Effects", "Effec
     if options.senders:
         effects = path_patching(model, *texts, list(options.senders), list(options.receivers), **shared)
     else:
-        over = "head" if options.over == "resid_pre" else options.over
+        over = options.over or "head"
         effects = path_patching_sweep(model, *texts, list(options.receivers), over=over, **shared)
     return effects, effects.change
 

@@ -1,32 +1,62 @@
-"""`microtome train`: a dictionary, from a store of activations or straight from the model."""
+"""`microtome train`: dictionaries, from a store of activations or straight from the model."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from microtome.cli.bench import sizes
 from microtome.cli.data import TextOptions
 from microtome.cli.options import lines
 from microtome.common.errors import ConfigError
 
+if TYPE_CHECKING:
+    from microtome.activations import ActivationStore
+    from microtome.activations.source import ActivationSource
+    from microtome.dictionary import Dictionary, DictionaryConfig, TrainConfig
+
+_TOPK = ("topk", "batchtopk", "matryoshka")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TextOptions):
-    """Train a TopK sparse autoencoder. Stopped, it goes on from its last checkpoint when run again."""
+    """Train a dictionary, or several on one stream of activations: sparse autoencoders, transcoders, crosscoders.
+    Stopped, it goes on from its last checkpoint when run again."""
 
     out: Path
-    """The folder of the dictionary."""
+    """The folder of the dictionary; of several, that of all: 0, 1 … in it."""
     store: Path | None = None
     """A store made by `microtome harvest`. Without it the model is run as training goes (say --corpus or --tokens)."""
-    hook: str | None = None
-    """The hook point; not needed for a store that has only one."""
+    hook: tuple[str, ...] = ()
+    """The hook point; not needed for a store that has only one. Several make a crosscoder."""
+    output_hook: tuple[str, ...] = ()
+    """Predict this point from --hook: a transcoder."""
+    per_layer: bool = False
+    """One transcoder for each pair of --hook and --output-hook, all on one stream."""
+    cross_layer: bool = False
+    """A cross-layer transcoder: each --hook writes to its own --output-hook and all later ones."""
+    architecture: Literal["topk", "batchtopk", "matryoshka", "standard", "p_anneal", "gated", "jumprelu"] = "topk"
+    """topk, batchtopk, matryoshka keep k latents; standard (ReLU), p_anneal, gated, jumprelu have a penalty."""
     d_sae: int = 4608
     """How many latents."""
     k: int = 32
-    """How many of them fire on each token."""
+    """How many of them fire on each token (topk, batchtopk, matryoshka)."""
+    coefficient: float | None = None
+    """The weight λ of the penalty (the others)."""
+    target_l0: float | None = None
+    """Find the λ with which this many latents fire on each token, by short trainings beforehand."""
+    revival: Literal["aux", "resample", "ghost", "none"] = "aux"
+    """What is done for dead latents."""
     aux_k: int | None = None
     """Dead latents that the auxiliary loss uses per token (default: half of d_in)."""
     dead_after: int = 200_000
     """Tokens without a firing after which a latent counts as dead."""
+    set: tuple[str, ...] = ()
+    """Any other setting of the architecture, as NAME=VALUE: norms=free bandwidth=0.05. An unknown name lists them."""
+    sweep: tuple[str, ...] = ()
+    """Train all combinations of these, as NAME=VALUES: k=16,32,64 seed=0,1,2."""
+    configs: Path | None = None
+    """A JSON file with the settings of all dictionaries (then the options above are not used)."""
     train_tokens: int = 2_000_000
     """Activations to train on; the data is gone through again as often as need be."""
     batch_size: int = 2048
@@ -48,58 +78,128 @@ class Options(TextOptions):
     overwrite: bool = False
     """Replace the folder if it is there."""
 
+    def train_config(self) -> "TrainConfig":
+        """How to train."""
+        from microtome.dictionary import TrainConfig
+
+        return TrainConfig(
+            n_tokens=self.train_tokens,
+            batch_size=self.batch_size,
+            buffer_size=self.buffer_size,
+            lr=self.lr,
+            warmup_steps=self.warmup_steps,
+            decay_fraction=self.decay_fraction,
+            seed=self.seed,
+            device=self.device,
+            checkpoint_every=self.checkpoint_every,
+            log_to=self.log_to,
+        )
+
+    def dictionaries(self) -> "list[DictionaryConfig]":
+        """What to train. Raises ConfigError for settings that do not go together."""
+        from microtome.dictionary.sweeps import combinations, per_layer, read_configs
+
+        if self.configs is not None:
+            return read_configs(self.configs)
+        settings: dict[str, Any] = {
+            "architecture": self.architecture,
+            "d_sae": self.d_sae,
+            "revival": self.revival,
+            "aux_k": self.aux_k,
+            "dead_after": self.dead_after,
+            "cross_layer": self.cross_layer,
+        }
+        axes = _axes(self.sweep)
+        if not self.per_layer:
+            settings |= {"inputs": list(self.hook) if self.output_hook or len(self.hook) > 1 else []}
+            settings |= {"outputs": list(self.output_hook)}
+        if self.architecture in _TOPK:
+            settings["k"] = self.k
+        elif self.coefficient is not None:
+            settings["coefficient"] = self.coefficient
+        configs = combinations({**settings, **sizes(self.set)}, axes)
+        if self.per_layer:
+            return [each for config in configs for each in per_layer(config, self.hook, self.output_hook)]
+        return configs
+
 
 def run(options: Options) -> dict[str, Any]:
-    """Train, and say where the dictionary is and how the training ended."""
-    import json
-
-    from microtome.activations import ActivationStore, ModelSource
+    """Train, and say where the dictionaries are and how the training ended."""
     from microtome.common.progress import Timer
-    from microtome.dictionary import TopKConfig, TrainConfig, train
+    from microtome.dictionary import train
+    from microtome.dictionary.search import search_coefficient
+    from microtome.dictionary.trainer import as_source
 
-    architecture = TopKConfig(d_sae=options.d_sae, k=options.k, aux_k=options.aux_k, dead_after=options.dead_after)
-    config = TrainConfig(
-        n_tokens=options.train_tokens,
-        batch_size=options.batch_size,
-        buffer_size=options.buffer_size,
-        lr=options.lr,
-        warmup_steps=options.warmup_steps,
-        decay_fraction=options.decay_fraction,
-        seed=options.seed,
-        device=options.device,
-        checkpoint_every=options.checkpoint_every,
-        log_to=options.log_to,
-    )
-    source: ActivationStore | ModelSource
-    if options.store is not None:
-        source = ActivationStore.open(options.store)
-        if options.hook is None and len(source.hook_names) > 1:
-            raise ConfigError(
-                f"{options.store} has several hook points", expected="--hook, one of them", got=source.hook_names
-            )
-    else:
-        if options.hook is None:
-            raise ConfigError("Which hook point?", fix="Say --hook, blocks.15.hook_resid_pre for example")
-        model = options.load_model()
-        source = ModelSource(model, options.load_tokens(model, options.out), options.hook)
+    config, wanted = options.train_config(), options.dictionaries()
+    hook = options.hook[0] if len(options.hook) == 1 else None
+    source = as_source(_source(options, wanted), wanted, hook)
+    if options.target_l0 is not None:
+        wanted = [search_coefficient(each, source, options.target_l0, config=config) for each in wanted]
+    single = len(wanted) == 1
     with Timer() as timer:
-        [sae] = train(
-            architecture, source, out=options.out, config=config, hook_name=options.hook, overwrite=options.overwrite
+        made = train(
+            wanted[0] if single else wanted,
+            source,
+            out=options.out,
+            config=config,
+            hook_name=hook,
+            overwrite=options.overwrite,
         )
-    rows = (options.out / "training.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(rows[-1])
-    return {
-        "out": str(sae.path),
-        "hook_name": sae.hook_name,
-        "d_sae": sae.d_sae,
-        "k": sae.k,
-        "steps": last["step"],
-        "training_fvu": last["fvu"],
-        "dead": last["dead"],
-        "seconds": round(timer.seconds, 2),
-    }
+    rows = [_ended(sae, each) for sae, each in zip(made, wanted, strict=True)]
+    shared = {"out": str(options.out), "seconds": round(timer.seconds, 2)}
+    return {**rows[0], **shared} if single else {**shared, "dictionaries": rows}
 
 
 def show(result: dict[str, Any]) -> str:
-    """Where the dictionary is and how its training ended."""
-    return lines(result)
+    """Where the dictionaries are and how their training ended."""
+    if "dictionaries" not in result:
+        return lines(result)
+    return "\n\n".join(lines(each) for each in [*result["dictionaries"], {"out": result["out"]}])
+
+
+def _ended(sae: "Dictionary", config: "DictionaryConfig") -> dict[str, Any]:
+    rows = (sae.path / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(rows[-1])
+    return {
+        "out": str(sae.path),
+        "architecture": config.architecture,
+        "hook_name": ", ".join(sae.origin.inputs),
+        "predicts": ", ".join(sae.origin.outputs) if sae.is_transcoder else None,
+        "d_sae": sae.d_sae,
+        "k": sae.k,
+        "coefficient": getattr(config, "coefficient", None),
+        "steps": last["step"],
+        "training_fvu": last["fvu"],
+        "training_l0": last["l0"],
+        "dead": last["dead"],
+    }
+
+
+def _source(options: Options, wanted: "list[DictionaryConfig]") -> "ActivationStore | ActivationSource":
+    from microtome.activations import ActivationStore, ModelSource
+
+    named = list(dict.fromkeys(name for c in wanted for name in (*c.inputs, *c.outputs)))
+    if any(not c.inputs for c in wanted):
+        named = list(dict.fromkeys([*options.hook, *named]))
+    if options.store is not None:
+        store = ActivationStore.open(options.store)
+        if not named and len(store.hook_names) > 1:
+            raise ConfigError(
+                f"{options.store} has several hook points", expected="--hook, one of them", got=store.hook_names
+            )
+        return store
+    if not named:
+        raise ConfigError("Which hook point?", fix="Say --hook, blocks.15.hook_resid_pre for example")
+    model = options.load_model()
+    return ModelSource(model, options.load_tokens(model, options.out), named)
+
+
+def _axes(words: tuple[str, ...]) -> dict[str, list[Any]]:
+    """`["k=16,32", "seed=0,1"]` as lists of values."""
+    axes: dict[str, list[Any]] = {}
+    for word in words:
+        name, equals, values = word.partition("=")
+        if not (name and equals and values):
+            raise ConfigError("--sweep takes NAME=VALUES", got=word, expected="k=16,32,64, say")
+        axes[name] = [sizes([f"{name}={value}"])[name] for value in values.split(",")]
+    return axes

@@ -4,7 +4,8 @@
 2. The writer puts its files there. A resumable writer's files each appear by a rename of their own.
 3. `Draft.publish(…)` writes the provenance and renames the folder to `target`.
 
-So `target` is complete or absent, and what a killed writer finished is still in `target.partial`.
+So `target` is complete or absent, and what a killed writer finished is still in `target.partial`. Two writers of one
+target at a time are not possible (`writers.py`).
 """
 
 import hashlib
@@ -16,13 +17,14 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from microtome.common.config import JsonObject, difference
 from microtome.common.errors import ArtifactError
+from microtome.common.writers import Writer
 
 CONFIG, PROVENANCE = "config.json", "provenance.json"
 FORMAT = 1
@@ -38,6 +40,7 @@ class Draft:
     kind: str
     config: JsonObject
     resumed: bool
+    writer: Writer = field(repr=False)
 
     def publish(self, *, overwrite: bool = False, **provenance: Any) -> Path:
         """Write the provenance (`provenance` adds to what every artifact records) and rename into place."""
@@ -52,6 +55,7 @@ class Draft:
             shutil.rmtree(old, ignore_errors=True)
         else:
             self.folder.rename(self.target)
+        self.writer.release()
         return self.target
 
 
@@ -65,13 +69,14 @@ def draft(
 ) -> Draft:
     """Begin the artifact `target`, or, with `resume`, go on with one that was begun with the same config.
 
-    Raises ArtifactError when `target` exists and `overwrite` was not said, or when a resumable draft was
-    begun with another config (naming each difference).
+    Raises ArtifactError when `target` exists and `overwrite` was not said, when a resumable draft was begun with another
+    config (naming each difference), or while another process writes the same target.
     """
     target = Path(target)
     if target.exists() and not overwrite:
         raise _exists(target)
     folder = target.with_name(f"{target.name}.partial")
+    writer = Writer(folder)
     head = {"kind": kind, "format": FORMAT, "config": dict(config)}
     resumed = False
     if folder.exists():
@@ -84,7 +89,7 @@ def draft(
             scrap.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, head)
-    return Draft(folder=folder, target=target, kind=kind, config=dict(config), resumed=resumed)
+    return Draft(folder=folder, target=target, kind=kind, config=dict(config), resumed=resumed, writer=writer)
 
 
 def _exists(target: Path) -> ArtifactError:

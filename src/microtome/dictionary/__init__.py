@@ -12,13 +12,21 @@ from microtome.dictionary.config import (
     TopKConfig,
     parse_config,
 )
+from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary, Origin
 from microtome.dictionary.evaluate import EvaluateConfig, Evaluation, evaluate
-from microtome.dictionary.formats import load_dictionary, save_dictionary
+from microtome.dictionary.formats import (
+    load_cross_layer_transcoder,
+    load_dictionaries,
+    load_dictionary,
+    read_dictionary,
+    save_dictionary,
+)
 from microtome.dictionary.trainer import TrainConfig, train
 
 __all__ = [
     "BatchTopKConfig",
+    "CrossLayerTranscoder",
     "Dictionary",
     "DictionaryConfig",
     "EvaluateConfig",
@@ -33,8 +41,11 @@ __all__ = [
     "TopKConfig",
     "TrainConfig",
     "evaluate",
+    "load_cross_layer_transcoder",
+    "load_dictionaries",
     "load_dictionary",
     "parse_config",
+    "read_dictionary",
     "save_dictionary",
     "train",
 ]

@@ -174,13 +174,11 @@ class Dictionary(nn.Module):
     def _normalised(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Scales | None]:
         if self.input_norm == "none":
             return x, None
-        if self.input_norm == "layer_norm":
-            mean = x.mean(1, keepdim=True)
-            std = x.std(1, keepdim=True) + _EPSILON
-        else:
-            mean = x.new_zeros(len(x), 1)
-            std = x.norm(dim=1, keepdim=True) / self.d_in**0.5 + _EPSILON
-        return (x - mean) / std, Scales(std, mean)
+        if self.input_norm == "layer_norm":  # as SAELens and OpenAI: the small number is in the way there alone
+            mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+            return (x - mean) / (std + _EPSILON), Scales(std, mean)
+        std = x.norm(dim=1, keepdim=True) / self.d_in**0.5
+        return x / std.clamp(min=torch.finfo(x.dtype).tiny), Scales(std, x.new_zeros(len(x), 1))
 
     # ---- the same dictionary in other units ----------------------------------------------------------------------------
 

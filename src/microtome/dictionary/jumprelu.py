@@ -32,7 +32,7 @@ class JumpReLURule(ReLURule):
 
     def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
         edge = (self.threshold - self.config.bandwidth / 2).detach()[:, None]
-        return self._kept(pre > edge, pre.dtype)
+        return self._kept(pre > edge.to(pre.dtype), pre)
 
     def values(self, raw: Entries, kept: Kept, step: Step) -> Entries:
         z = raw + kept.latent(step.b_enc)

@@ -78,12 +78,18 @@ class SparseKept:
         return cls(_through_the_stack(indices, d_sae).reshape(-1), starts, (members, n, d_sae))
 
     @classmethod
+    def of_places(cls, places: Int[Tensor, " m"], shape: tuple[int, int, int]) -> "SparseKept":
+        """The latents at these places of a stack's pre-activations, counted through, row by row."""
+        members, n, d_sae = shape
+        rows = places // d_sae
+        starts = torch.searchsorted(rows, torch.arange(members * n + 1, device=places.device))
+        return cls(places % d_sae + rows // n * d_sae, starts, shape)
+
+    @classmethod
     def of_mask(cls, mask: Bool[Tensor, "S n F"]) -> "SparseKept":
         """The latents where `mask` is true."""
         members, n, d_sae = mask.shape
-        starts = functional.pad(mask.view(members * n, d_sae).sum(1).cumsum(0), (1, 0))
-        member, _, latent = mask.nonzero(as_tuple=True)
-        return cls(member * d_sae + latent, starts, (members, n, d_sae))
+        return cls.of_places(mask.view(-1).nonzero().squeeze(1), (members, n, d_sae))
 
     @cached_property
     def rows(self) -> Int[Tensor, " m"]:

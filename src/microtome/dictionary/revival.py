@@ -42,7 +42,8 @@ class DeadLatents:
         mean = (self.weights * self.error).sum(0) / self.weights.sum()
         spread = (self.weights * (self.error - mean).square()).sum().clamp_min(_TINY)
         missed = (self.weights * (decoded - self.error).square()).sum()
-        return missed / spread
+        loss: Tensor = missed / spread
+        return loss
 
     def ghost(self) -> Float[Tensor, ""]:
         """The dead latents with exponential activations, scaled to half the error's norm, against the error; the loss
@@ -55,7 +56,8 @@ class DeadLatents:
         spread = (self.weights * (self.error - self.error.mean(0)).square()).sum().clamp_min(_TINY)
         main = (self.weights * self.error.square()).sum() / spread
         relative = missed / spread
-        return relative * (main / relative.clamp_min(_TINY)).detach()
+        loss: Tensor = relative * (main / relative.clamp_min(_TINY)).detach()
+        return loss
 
     def _dense(self, kept: Int[Tensor, "n k"]) -> Float[Tensor, "n d_out"]:
         encoder, W_dec, b_enc = self._weights()

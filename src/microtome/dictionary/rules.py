@@ -86,13 +86,19 @@ class Rule(nn.Module, ABC, Generic[C]):
     def begin_with(self, member: int, activation: Activation, norms: Float[Tensor, " F"]) -> None:
         """Take over what a dictionary's activation holds, for a training that begins with it."""
 
-    def _kept(self, mask: Bool[Tensor, "S n F"], dtype: torch.dtype) -> Kept:
+    def _kept(self, mask: Bool[Tensor, "S n F"], pre: Float[Tensor, "S n F"]) -> Kept:
         """The entries where `mask` is true, with sparse or dense products, whichever are quicker."""
         members, n, d_sae = mask.shape
-        sparse = self.products == "sparse"
-        if self.products == "auto" and not mask.is_cuda and d_sae > _TINY:
-            sparse = int(mask.sum()) < _DENSE_FROM * mask.numel()
-        return SparseKept.of_mask(mask) if sparse else DenseKept((members, n, d_sae), dtype=dtype, mask=mask)
+        # A CPU counts trues many times quicker than it adds them.
+        if self._sparsely(int(mask.count_nonzero()), pre):
+            return SparseKept.of_mask(mask)
+        return DenseKept((members, n, d_sae), dtype=pre.dtype, mask=mask)
+
+    def _sparsely(self, n_kept: int, pre: Float[Tensor, "S n F"]) -> bool:
+        """Whether sparse products are quicker for so many entries."""
+        if self.products != "auto" or pre.is_cuda:
+            return self.products == "sparse"
+        return pre.shape[2] > _TINY and n_kept < _DENSE_FROM * pre.numel()
 
 
 class TopKRule(Rule[TopKConfig]):
@@ -121,8 +127,13 @@ class BatchTopKRule(TopKRule):
 
     def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
         scores = pre if self.config.unit_norms else pre * step.norms[:, None].detach().to(pre.dtype)
-        k = self.config.k_at(step.fraction) * pre.shape[1]
-        return self._kept(torch.stack([batch_top_k(each, k) for each in scores]), pre.dtype)
+        members, n, d_sae = pre.shape
+        k = self.config.k_at(step.fraction) * n
+        places = torch.cat([batch_top_k(each, k) + s * n * d_sae for s, each in enumerate(scores)])
+        if self._sparsely(len(places), pre):
+            return SparseKept.of_places(places, (members, n, d_sae))
+        mask = torch.zeros(pre.numel(), dtype=torch.bool, device=pre.device).index_fill_(0, places, True)
+        return DenseKept((members, n, d_sae), dtype=pre.dtype, mask=mask.view_as(pre))
 
     def values(self, raw: Entries, kept: Kept, step: Step) -> Entries:
         """Of the entries that the selection's dtype could not tell apart, the largest by their exact values."""
@@ -172,7 +183,7 @@ class ReLURule(Rule[PenaltyConfig]):
         self.register_buffer("coefficient", torch.tensor([config.coefficient for config in configs]))
 
     def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
-        return self._kept(pre > 0, pre.dtype)
+        return self._kept(pre > 0, pre)
 
     def penalty(self, raw: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
         return self.strength(step) * kept.member_sums(f * kept.latent(step.norms) * kept.row(step.weights))

@@ -124,12 +124,20 @@ def train(
     listed = [configs] if isinstance(configs, DictionaryConfig) else list(configs)
     if not listed:
         raise ConfigError("There is nothing to train", got="an empty list of configs")
+    single = isinstance(configs, DictionaryConfig)
+    rows = as_source(source, listed, hook_name)
+    return Trainer(listed, rows, Path(out), config, single=single, overwrite=overwrite).run()
+
+
+def as_source(
+    source: ActivationStore | ActivationSource | str | Path,
+    configs: Sequence[DictionaryConfig],
+    hook_name: str | None = None,
+) -> ActivationSource:
+    """The source itself, or of a store the points that the configs use (`hook_name` for those that name none)."""
     if isinstance(source, str | Path):
         source = ActivationStore.open(source)
-    if isinstance(source, ActivationStore):
-        source = StoreSource(source, _points(listed, hook_name, source))
-    single = isinstance(configs, DictionaryConfig)
-    return Trainer(listed, source, Path(out), config, single=single, overwrite=overwrite).run()
+    return StoreSource(source, _points(configs, hook_name, source)) if isinstance(source, ActivationStore) else source
 
 
 def _points(configs: Sequence[DictionaryConfig], hook_name: str | None, store: ActivationStore) -> list[str]:

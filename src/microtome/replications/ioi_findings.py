@@ -118,12 +118,7 @@ def measure(config: IOIConfig, model: HookedModel, told: Callable[[str], None]) 
             model, words, n, seed=seed, templates=config.templates, n_reference=config.reference, prepend_bos=bos
         )
 
-    baselines = {}
-    for name, (variant, other) in BASELINES.items():
-        n = config.prompts if name == "plain" else config.variants
-        made = examples(words, n, seed=config.seed, templates=config.templates, variant=variant)
-        baselines[name] = steps.baseline(model, IOIPrompts.of(model, made, prepend_bos=bos != other))
-        told(f"baseline, {name}")
+    baselines = _baselines(model, words, config, told)
     study, held_out = study_of(config.patched, config.seed), study_of(config.held_out, config.seed + 1)
     looks = steps.looks(study)
     told("attention")
@@ -144,14 +139,7 @@ def measure(config: IOIConfig, model: HookedModel, told: Callable[[str], None]) 
     told("the greedy step")
     faithfulness = _faithfulness(held_out, circuit, prefixes)
     told("faithfulness")
-    sets = {
-        **circuit.classes,
-        **circuits.random_sets(circuit, config.random_sets, seed=config.seed),
-    }
-    completeness = circuits.completeness(held_out, circuit, sets)
-    completeness += circuits.greedy_set(
-        held_out, circuit, steps=config.set_steps, tried=config.set_tried, seed=config.seed
-    )
+    completeness = _completeness(held_out, circuit, config)
     told("completeness")
     minimality = circuits.minimality(held_out, circuit)
     told("minimality")
@@ -175,6 +163,26 @@ def measure(config: IOIConfig, model: HookedModel, told: Callable[[str], None]) 
         completeness=completeness,
         minimality=minimality,
     )
+
+
+def _baselines(
+    model: HookedModel, words: Words, config: IOIConfig, told: Callable[[str], None]
+) -> dict[str, steps.Baseline]:
+    """The task itself, on prompts of each kind."""
+    found = {}
+    for name, (variant, other) in BASELINES.items():
+        n = config.prompts if name == "plain" else config.variants
+        made = examples(words, n, seed=config.seed, templates=config.templates, variant=variant)
+        found[name] = steps.baseline(model, IOIPrompts.of(model, made, prepend_bos=config.prepend_bos != other))
+        told(f"baseline, {name}")
+    return found
+
+
+def _completeness(held_out: Study, circuit: IOICircuit, config: IOIConfig) -> list[Completeness]:
+    """Without each class, without random sets, and without the worst set that is found."""
+    sets = {**circuit.classes, **circuits.random_sets(circuit, config.random_sets, seed=config.seed)}
+    worst = circuits.greedy_set(held_out, circuit, steps=config.set_steps, tried=config.set_tried, seed=config.seed)
+    return [*circuits.completeness(held_out, circuit, sets), *worst]
 
 
 def _backups(study: Study, passes: Passes, backup: Backup, config: IOIConfig) -> list[Head]:

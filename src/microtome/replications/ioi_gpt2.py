@@ -1,6 +1,7 @@
 """What Wang et al. 2022 say of GPT-2 small, as claims: its 26 heads and their figures. Not applicable elsewhere."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from microtome.replications.ioi_circuit import IOICircuit, Minimality, kept, minimality
 from microtome.replications.ioi_findings import Findings
@@ -20,112 +21,139 @@ GPT2_CIRCUIT = IOICircuit(
         "previous token": ((2, 2), (4, 11)),
     }
 )
-_MOVERS: tuple[Head, ...] = GPT2_CIRCUIT.classes["name mover"]
+_MOVERS, _NEGATIVE, _INHIBITION = (
+    GPT2_CIRCUIT.classes[kind] for kind in ("name mover", "negative mover", "S-inhibition")
+)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the paper says of GPT-2 small, and how it is measured, which is done only where it applies."""
+
+    name: str
+    statement: str
+    check: Check
+    measure: Callable[[], float | str]
+    note: str = ""
+
+    def claim(self, *, applies: bool) -> Claim:
+        return Claim(
+            f"gpt2_{self.name}",
+            f"GPT-2 small: {self.statement}",
+            self.check,
+            self.measure() if applies else None,
+            not_applicable="" if applies else "needs gpt2's weights, without BOS",
+            source=_SOURCE,
+            note=self.note,
+        )
 
 
 def gpt2_claims(found: Findings, *, apply: bool | None = None) -> list[Claim]:
     """The paper's claims, measured where the model is GPT-2 small run without BOS (or, with `apply`, on any of 12 × 12 heads)."""
     applies = is_gpt2_small(found.model) and not found.config.prepend_bos if apply is None else apply
-    made: list[Claim] = []
+    said = [*_of_the_task(found), *_of_paths(found), *_of_heads(found), *_of_the_circuit(found)]
+    return [one.claim(applies=applies) for one in said]
 
-    def claim(name: str, statement: str, check: Check, measure: Callable[[], float | str], note: str = "") -> None:
-        why = "" if applies else "needs gpt2's weights, without BOS"
-        made.append(
-            Claim(
-                f"gpt2_{name}",
-                statement,
-                check,
-                measure() if applies else None,
-                not_applicable=why,
-                source=_SOURCE,
-                note=note,
-            )
-        )
 
+def _of_the_task(found: Findings) -> list[_Said]:
     def base(variant: str, measure: str) -> float:
         return found.baselines[variant].summary()[measure][0]
 
-    claim("difference", "GPT-2 small: mean logit difference", near(3.56, 0.25), lambda: base("plain", "difference"))
-    claim("right", "GPT-2 small: share of prompts with IO > S", near(0.993, 0.01), lambda: base("plain", "right"))
-    claim("probability", "GPT-2 small: P(IO)", near(0.49, 0.04), lambda: base("plain", "probability"))
-    claim(
-        "extra_io",
-        "GPT-2 small: share wrong where the IO is said twice",
-        near(0.234, 0.05),
-        lambda: 1 - base("extra_io", "right"),
-    )
-    claim(
-        "extra_subject",
-        "GPT-2 small: share wrong where S is said once more",
-        near(0.004, 0.01),
-        lambda: 1 - base("extra_subject", "right"),
-    )
+    return [
+        _Said("difference", "mean logit difference", near(3.56, 0.25), lambda: base("plain", "difference")),
+        _Said("right", "share of prompts with IO > S", near(0.993, 0.01), lambda: base("plain", "right")),
+        _Said("probability", "P(IO)", near(0.49, 0.04), lambda: base("plain", "probability")),
+        _Said(
+            "extra_io",
+            "share wrong where the IO is said twice",
+            near(0.234, 0.05),
+            lambda: 1 - base("extra_io", "right"),
+        ),
+        _Said(
+            "extra_subject",
+            "share wrong where S is said once more",
+            near(0.004, 0.01),
+            lambda: 1 - base("extra_subject", "right"),
+        ),
+    ]
 
+
+def _of_paths(found: Findings) -> list[_Said]:
     def strongest(through: str, sign: int, n: int) -> str:
         flat = (found.passes.effects[through].mean * sign).flatten().argsort(descending=True)[:n].tolist()
         return _listed([divmod(i, found.model.config.n_heads) for i in flat])
 
-    claim(
-        "movers",
-        "GPT-2 small: the three heads that carry most to the logits",
-        equal(_listed(_MOVERS)),
-        lambda: strongest("logits", -1, 3),
-    )
-    claim(
-        "negative",
-        "GPT-2 small: the two heads that take most away",
-        equal(_listed(((10, 7), (11, 10)))),
-        lambda: strongest("logits", 1, 2),
-    )
-    inhibition = GPT2_CIRCUIT.classes["S-inhibition"]
-    claim(
-        "s_inhibition",
-        "GPT-2 small: the four heads that carry most to the movers' queries",
-        equal(_listed(inhibition)),
-        lambda: strongest("queries", -1, 4),
-    )
+    return [
+        _Said(
+            "movers",
+            "the three heads that carry most to the logits",
+            equal(_listed(_MOVERS)),
+            lambda: strongest("logits", -1, 3),
+        ),
+        _Said(
+            "negative",
+            "the two heads that take most away",
+            equal(_listed(_NEGATIVE)),
+            lambda: strongest("logits", 1, 2),
+        ),
+        _Said(
+            "s_inhibition",
+            "the four heads that carry most to the movers' queries",
+            equal(_listed(_INHIBITION)),
+            lambda: strongest("queries", -1, 4),
+        ),
+    ]
+
+
+def _of_heads(found: Findings) -> list[_Said]:
     raised, lowered = found.copies
-    claim(
-        "copying",
-        "GPT-2 small: least copy score of the name movers",
-        at_least(0.9),
-        lambda: min(float(raised[h]) for h in _MOVERS),
-    )
-    claim(
-        "anti_copying",
-        "GPT-2 small: least negative copy score of the negative movers",
-        at_least(0.9),
-        lambda: min(float(lowered[h]) for h in ((10, 7), (11, 10))),
-    )
-    claim(
-        "attention",
-        "GPT-2 small: attention of the name movers from END to IO",
-        near(0.59, 0.1),
-        lambda: sum(float(found.looks["END", "IO"][h].mean()) for h in _MOVERS) / 3,
-    )
-    claim(
-        "inhibition_attention",
-        "GPT-2 small: attention of the S-inhibition heads from END to S2",
-        near(0.51, 0.1),
-        lambda: sum(float(found.looks["END", "S2"][h].mean()) for h in inhibition) / 4,
-    )
+    return [
+        _Said(
+            "copying",
+            "least copy score of the name movers",
+            at_least(0.9),
+            lambda: min(float(raised[head]) for head in _MOVERS),
+        ),
+        _Said(
+            "anti_copying",
+            "least negative copy score of the negative movers",
+            at_least(0.9),
+            lambda: min(float(lowered[head]) for head in _NEGATIVE),
+        ),
+        _Said(
+            "attention",
+            "attention of the name movers from END to IO",
+            near(0.59, 0.1),
+            lambda: sum(float(found.looks["END", "IO"][head].mean()) for head in _MOVERS) / len(_MOVERS),
+        ),
+        _Said(
+            "inhibition_attention",
+            "attention of the S-inhibition heads from END to S2",
+            near(0.51, 0.1),
+            lambda: sum(float(found.looks["END", "S2"][head].mean()) for head in _INHIBITION) / len(_INHIBITION),
+        ),
+    ]
+
+
+def _of_the_circuit(found: Findings) -> list[_Said]:
     study = found.held_out
-    claim(
-        "without_movers",
-        "GPT-2 small: change of the logit difference without its three name movers, as a share",
-        between(-0.15, 0.05),
-        lambda: knock_out_mean(study, _MOVERS) / study.full - 1,
-        note="paper: −5 %",
-    )
-    claim("faithful", "GPT-2 small: F(C)/F(M) of the paper's 26 heads", near(0.87, 0.1), lambda: _faithful(study))
-    claim(
-        "minimal",
-        "GPT-2 small: how many of the 26 heads matter less than 1 %",
-        at_most(2),
-        lambda: sum(one.share < 0.01 for one in _minimal(study)),
-        note="K is empty or the rest of the class, not the paper's published sets",
-    )
-    return made
+    return [
+        _Said(
+            "without_movers",
+            "change of the logit difference without its three name movers, as a share",
+            between(-0.15, 0.05),
+            lambda: knock_out_mean(study, _MOVERS) / study.full - 1,
+            note="paper: −5 %",
+        ),
+        _Said("faithful", "F(C)/F(M) of the paper's 26 heads", near(0.87, 0.1), lambda: _faithful(study)),
+        _Said(
+            "minimal",
+            "how many of the 26 heads matter less than 1 %",
+            at_most(2),
+            lambda: sum(one.share < 0.01 for one in _minimal(study)),
+            note="K is empty or the rest of the class, not the paper's published sets",
+        ),
+    ]
 
 
 def _faithful(study: Study) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from microtome.common.artifacts import describe_run
 from microtome.common.config import JsonObject, from_dict, to_dict
-from microtome.common.errors import InputError, unknown_name
+from microtome.common.errors import ArtifactError, InputError, unknown_name
 from microtome.common.progress import Timer, progress
 from microtome.model import HookedModel, load_model
 from microtome.replications.frame import Replication
@@ -51,10 +51,11 @@ def replicate(
     Without a model each replication takes its default one. `settings` change single fields of the preset's config. With
     `out`, the report is written to that folder too. Raises InputError for an unknown replication and ConfigError for an
     unknown preset or setting, each naming the nearest; with `out`, MissingDependencyError where matplotlib is not
-    installed, before anything runs.
+    installed and ArtifactError for a folder that cannot be made, before anything runs.
     """
     if out is not None:
         require_matplotlib()
+        _make(Path(out))
     replication = find(name) if isinstance(name, str) else name
     chosen = replication.preset(preset)
     config = from_dict(type(chosen), {**to_dict(chosen), **settings, "seed": seed})
@@ -66,6 +67,13 @@ def replicate(
     if out is not None:
         report.save(out)
     return report
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"The report's folder {folder} cannot be made", got=error.strerror) from None
 
 
 def _opened(model: HookedModel | str | Path | None) -> HookedModel | None:

@@ -14,8 +14,21 @@ from microtome.common.artifacts import atomic_file
 from microtome.common.config import JsonObject, to_dict
 from microtome.common.errors import ConfigError
 from microtome.views import page
-from microtome.views.canvas import Picture, Sheet, Theme, printed
+from microtome.views.canvas import Picture, Sheet, Theme, printed, require_matplotlib
 from microtome.views.numbers import jsonable
+
+
+def check_path(path: str | Path) -> Path:
+    """Where a figure is to be saved. For what takes long, before it begins: raises ConfigError for another suffix than those
+    above, MissingDependencyError where matplotlib is needed and not installed."""
+    path = Path(path)
+    if path.suffix not in (".png", ".svg", ".html", ".json"):
+        raise ConfigError(
+            f"A figure cannot be saved as {path.name}", expected="a name that ends in .png, .svg, .html or .json"
+        )
+    if path.suffix in (".png", ".svg"):
+        require_matplotlib()
+    return path
 
 
 @dataclass(frozen=True)
@@ -53,11 +66,7 @@ class Figure(ABC):
 
         Raises ConfigError for another suffix, MissingDependencyError where matplotlib is needed and not installed.
         """
-        path = Path(path)
-        if path.suffix not in (".png", ".svg", ".html", ".json"):
-            raise ConfigError(
-                f"A figure cannot be saved as {path.name}", expected="a name that ends in .png, .svg, .html or .json"
-            )
+        path = check_path(path)
         content = self._bytes(path.suffix, theme)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:

@@ -1,0 +1,366 @@
+"""Writes tests/dictionary/fixtures: small dictionaries made by other libraries' own code, with those libraries' own codes and
+reconstructions of fixed inputs beside them, so that the tests need none of the libraries.
+
+    pip install sae-lens dictionary-learning eai-sparsify circuit-tracer
+    python scripts/dictionary_fixtures.py
+
+Each folder `library/name` has beside it `library/name.expected.safetensors` with x [12, d_in], codes [12, d_sae] (dense) and out
+[12, d_out]. What no library writes (SAELens's layout from before version 6, the npz of Gemma Scope, Llama Scope's folder) is
+written here and read by SAELens.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1] / "tests/dictionary/fixtures"
+D, F, N, K = 8, 16, 12, 3
+POINT = "blocks.3.hook_resid_post"
+LIBRARIES = ("sae-lens", "dictionary-learning", "eai-sparsify", "circuit-tracer", "torch")
+
+
+def main() -> None:
+    """Make everything anew."""
+    shutil.rmtree(ROOT, ignore_errors=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        saelens()
+        saelens_checkpoints()
+        saelens_reads()
+        dictionary_learning()
+        sparsify()
+        circuit_tracer()
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    (ROOT / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+
+
+def inputs(d: int = D) -> Tensor:
+    """The same rows every time, none of mean zero."""
+    return torch.randn(N, d, generator=torch.Generator().manual_seed(1)) * 2 + 0.3
+
+
+def expect(folder: Path, x: Tensor, codes: Tensor, out: Tensor) -> None:
+    """Keep what the library made of x."""
+    tensors = {"x": x, "codes": codes, "out": out}
+    save_file(
+        {k: v.float().contiguous() for k, v in tensors.items()}, folder.with_name(f"{folder.name}.expected.safetensors")
+    )
+
+
+def shake(module: torch.nn.Module) -> None:
+    """Random numbers in every parameter: fresh ones are zeros or transposes of each other."""
+    for name, tensor in module.named_parameters():
+        if name == "threshold":
+            tensor.copy_(torch.rand_like(tensor) * 1.5)
+        else:
+            tensor.copy_(torch.randn_like(tensor) * 0.5)
+
+
+# ---- SAELens ----------------------------------------------------------------------------------------------------------------
+
+
+def metadata(hook: str = POINT, **more: Any) -> Any:
+    from sae_lens.saes.sae import SAEMetadata
+
+    return SAEMetadata(
+        model_name="tiny",
+        hook_name=hook,
+        hook_head_index=None,
+        context_size=64,
+        prepend_bos=True,
+        dataset_path="abc",
+        **more,
+    )
+
+
+def saelens() -> None:
+    """Every architecture that SAELens saves for use, and what it does around the encoder."""
+    from sae_lens.saes import gated_sae, jumprelu_sae, standard_sae, topk_sae, transcoder
+
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "standard": (standard_sae.StandardSAE, standard_sae.StandardSAEConfig, {}),
+        "standard_plain": (standard_sae.StandardSAE, standard_sae.StandardSAEConfig, {"apply_b_dec_to_input": False}),
+        "layer_norm": (
+            standard_sae.StandardSAE,
+            standard_sae.StandardSAEConfig,
+            {"normalize_activations": "layer_norm"},
+        ),
+        "constant_norm": (
+            topk_sae.TopKSAE,
+            topk_sae.TopKSAEConfig,
+            {"k": K, "normalize_activations": "constant_norm_rescale"},
+        ),
+        "topk": (topk_sae.TopKSAE, topk_sae.TopKSAEConfig, {"k": K}),
+        "topk_by_norm": (topk_sae.TopKSAE, topk_sae.TopKSAEConfig, {"k": K, "rescale_acts_by_decoder_norm": True}),
+        "jumprelu": (jumprelu_sae.JumpReLUSAE, jumprelu_sae.JumpReLUSAEConfig, {}),
+        "bfloat16": (jumprelu_sae.JumpReLUSAE, jumprelu_sae.JumpReLUSAEConfig, {"dtype": "bfloat16"}),
+        "gated": (gated_sae.GatedSAE, gated_sae.GatedSAEConfig, {}),
+    }
+    for name, (cls, config, more) in kinds.items():
+        sae = cls(config(d_in=D, d_sae=F, metadata=metadata(), **more))
+        keep_saelens(name, sae)
+    hook_z = standard_sae.StandardSAE(
+        standard_sae.StandardSAEConfig(
+            d_in=D, d_sae=F, reshape_activations="hook_z", metadata=metadata("blocks.3.attn.hook_z")
+        )
+    )
+    keep_saelens("hook_z", hook_z, heads=2)
+    for name, cls, config in (
+        ("transcoder", transcoder.Transcoder, transcoder.TranscoderConfig),
+        ("skip_transcoder", transcoder.SkipTranscoder, transcoder.SkipTranscoderConfig),
+        ("jumprelu_transcoder", transcoder.JumpReLUTranscoder, transcoder.JumpReLUTranscoderConfig),
+        ("jumprelu_skip_transcoder", transcoder.JumpReLUSkipTranscoder, transcoder.JumpReLUSkipTranscoderConfig),
+    ):
+        meta = metadata("blocks.3.ln2.hook_normalized", hook_name_out="blocks.3.hook_mlp_out")
+        keep_saelens(name, cls(config(d_in=D, d_out=6, d_sae=F, apply_b_dec_to_input=False, metadata=meta)))
+
+
+def keep_saelens(name: str, sae: Any, heads: int = 0) -> None:
+    folder = ROOT / "saelens" / name
+    shake(sae)
+    sae.save_model(folder)
+    x = inputs()
+    if sae.dtype != torch.float32:  # what float32 arithmetic makes of the rounded weights
+        sae = type(sae).load_from_disk(folder, dtype="float32")
+    shaped = x.view(N, heads, D // heads) if heads else x
+    expect(folder, x, sae.encode(shaped), sae(shaped).reshape(N, -1))
+
+
+def saelens_checkpoints() -> None:
+    """What training leaves (unfolded, with its activation scale), and what SAELens itself makes of it for use."""
+    from sae_lens.saes import (
+        batchtopk_sae,
+        gated_sae,
+        jumprelu_sae,
+        matryoshka_batchtopk_sae,
+        sae,
+        standard_sae,
+        topk_sae,
+    )
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    scaled = {"d_in": D, "d_sae": F, "normalize_activations": "expected_average_only_in"}
+    batch, matryoshka = batchtopk_sae, matryoshka_batchtopk_sae
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "standard": (standard_sae.StandardTrainingSAE, standard_sae.StandardTrainingSAEConfig, {}),
+        "topk": (topk_sae.TopKTrainingSAE, topk_sae.TopKTrainingSAEConfig, {"k": K}),
+        "gated": (gated_sae.GatedTrainingSAE, gated_sae.GatedTrainingSAEConfig, {}),
+        "jumprelu": (jumprelu_sae.JumpReLUTrainingSAE, jumprelu_sae.JumpReLUTrainingSAEConfig, {}),
+        "batchtopk": (batch.BatchTopKTrainingSAE, batch.BatchTopKTrainingSAEConfig, {"k": K}),
+        "matryoshka": (
+            matryoshka.MatryoshkaBatchTopKTrainingSAE,
+            matryoshka.MatryoshkaBatchTopKTrainingSAEConfig,
+            {"k": K, "matryoshka_widths": [4, F]},
+        ),
+    }
+    for name, (cls, config, more) in kinds.items():
+        folder, final = ROOT / "saelens_checkpoint" / name, ROOT / "saelens" / f"trained_{name}"
+        training = cls(config(**scaled, **more, metadata=metadata()))
+        shake(training)
+        if "topk_threshold" in dict(training.named_buffers()):
+            training.topk_threshold.fill_(0.7)
+        training.save_model(folder)
+        ActivationScaler(0.6).save(str(folder / "activation_scaler.json"))
+        training.fold_activation_norm_scaling_factor(0.6)
+        training.save_inference_model(final)
+        used = sae.SAE.load_from_disk(final)
+        for where in (folder, final):
+            expect(where, inputs(), used.encode(inputs()), used(inputs()))
+
+
+def saelens_reads() -> None:
+    """Layouts that SAELens reads and no longer (or never) writes."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from sae_lens.saes.sae import SAE
+
+    tensors = random_tensors()
+    old = {
+        "hook_point": POINT,
+        "hook_point_layer": 3,
+        "hook_point_head_index": None,
+        "d_in": D,
+        "d_sae": F,
+        "model_name": "tiny",
+    }
+    for name, more, extra in (
+        ("old", {}, {}),
+        ("old_ones", {"activation_fn_str": "relu", "normalize_activations": None}, {"scaling_factor": torch.ones(F)}),
+        (
+            "old_topk",
+            {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "normalize_activations": False},
+            {},
+        ),
+    ):
+        folder = ROOT / "saelens" / name
+        folder.mkdir(parents=True)
+        save_file({**tensors, **extra}, folder / "sae_weights.safetensors")
+        save_file({"sparsity": torch.linspace(-6, -1, F)}, folder / "sparsity.safetensors")
+        cfg = {**old, "dtype": "torch.float32", "device": "cpu", "context_size": 64, **more}
+        (folder / "cfg.json").write_text(json.dumps(cfg))
+        if extra:  # version 6 takes the tensor away when it reads from the hub
+            kept = ROOT / "old_ones"
+            shutil.copytree(folder, kept)
+            save_file(tensors, kept / "sae_weights.safetensors")
+        sae = SAE.load_from_disk(kept if extra else folder)
+        expect(folder, inputs(), sae.encode(inputs()), sae(inputs()))
+        shutil.rmtree(ROOT / "old_ones", ignore_errors=True)
+    for release, wide in (("res", False), ("transcoders", True)):
+        folder = ROOT / f"gemma-scope-2b-pt-{release}" / "layer_3/width_16k/average_l0_5"
+        folder.mkdir(parents=True)
+        arrays = {**tensors, "threshold": torch.rand(F)}
+        plain: dict[str, Any] = {k: v.numpy() for k, v in arrays.items()}
+        np.savez(folder / "params.npz", **plain)
+        loader = loaders.gemma_2_transcoder_huggingface_loader if wide else loaders.gemma_2_sae_huggingface_loader
+        sizes = {"d_in": D, "d_sae": F, **({"d_out": D} if wide else {})}
+        keep_read(folder, loader, f"google/gemma-scope-2b-pt-{release}", "layer_3/width_16k/average_l0_5", sizes)
+    llama = ROOT / "llama_scope" / "Llama3_1-8B-Base-L3R-8x"
+    (llama / "checkpoints").mkdir(parents=True)
+    names = {"encoder.weight": tensors["W_enc"].T, "encoder.bias": tensors["b_enc"], "decoder.bias": tensors["b_dec"]}
+    names["decoder.weight"] = tensors["W_dec"].T
+    save_file({k: v.contiguous() for k, v in names.items()}, llama / "checkpoints/final.safetensors")
+    norms = {"in": 4.5, "out": 4.5}
+    hyper = {"d_model": D, "d_sae": F, "hook_point_in": POINT, "hook_point_out": POINT, "act_fn": "jumprelu"}
+    hyper |= {"jump_relu_threshold": 0.4, "dataset_average_activation_norm": norms, "norm_activation": "dataset-wise"}
+    (llama / "hyperparams.json").write_text(json.dumps(hyper))
+    keep_read(
+        llama, loaders.llama_scope_sae_huggingface_loader, "fnlp/x", llama.name, {"dtype": "float32"}, D**0.5 / 4.5
+    )
+
+
+def random_tensors() -> dict[str, Tensor]:
+    shapes = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,)}
+    return {name: torch.randn(shape) * 0.5 for name, shape in shapes.items()}
+
+
+def keep_read(folder: Path, loader: Any, repo: str, inside: str, sizes: dict[str, Any], scale: float = 1.0) -> None:
+    """The outputs of SAELens on a layout of the hub that only it reads; `scale` is what its release table folds."""
+    from sae_lens.saes.sae import SAE
+
+    with local_hub(folder, inside):
+        cfg, state, _ = loader(repo, inside, device="cpu", force_download=False, cfg_overrides=sizes)
+    cfg = dict(cfg)
+    cfg["normalize_activations"] = "none"
+    from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
+
+    made = SAE.from_dict(handle_config_defaulting(cfg))
+    made.load_state_dict(state)
+    if scale != 1.0:
+        made.fold_activation_norm_scaling_factor(scale)
+    codes = made.encode(inputs())
+    expect(folder, inputs(), codes, made(inputs()))
+
+
+@contextlib.contextmanager
+def local_hub(folder: Path, inside: str) -> Iterator[None]:
+    """SAELens's downloads, answered from a folder on this disk."""
+
+    def here(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
+        del repo_id
+        return str(
+            folder / f"{subfolder}/{filename}".removeprefix(f"{inside}/").removeprefix("/").removeprefix(f"{inside}/")
+        )
+
+    with mock.patch("sae_lens.loading.pretrained_sae_loaders.hf_hub_download", here):
+        yield
+
+
+# ---- the others ---------------------------------------------------------------------------------------------------------------
+
+
+def dictionary_learning() -> None:
+    """Each class with its own state dict, and the config that its trainers write."""
+    from dictionary_learning import dictionary as d
+    from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
+
+    made = {
+        "AutoEncoder": d.AutoEncoder(D, F),
+        "AutoEncoderNew": d.AutoEncoderNew(D, F),
+        "GatedAutoEncoder": d.GatedAutoEncoder(D, F),
+        "JumpReluAutoEncoder": d.JumpReluAutoEncoder(D, F),
+        "AutoEncoderTopK": top_k.AutoEncoderTopK(D, F, K),
+        "BatchTopKSAE": batch_top_k.BatchTopKSAE(D, F, K),
+        "MatryoshkaBatchTopKSAE": matryoshka_batch_top_k.MatryoshkaBatchTopKSAE(D, F, K, [4, F - 4]),
+    }
+    for name, ae in made.items():
+        folder = ROOT / "dictionary_learning" / name
+        folder.mkdir(parents=True)
+        shake(ae)
+        if "BatchTopK" in name:
+            ae.threshold.fill_(0.8)
+        torch.save({k: v.cpu() for k, v in ae.state_dict().items()}, folder / "ae.pt")
+        trainer = {
+            "dict_class": name,
+            "activation_dim": D,
+            "dict_size": F,
+            "layer": 3,
+            "lm_name": "EleutherAI/pythia-70m-deduped",
+        }
+        trainer |= {"submodule_name": "resid_post_layer_3", **({"k": K} if "TopK" in name else {})}
+        (folder / "config.json").write_text(
+            json.dumps({"trainer": trainer, "buffer": {"d_submodule": D, "io": "out", "ctx_len": 128}})
+        )
+        expect(folder, inputs(), ae.encode(inputs()), ae(inputs()))
+    # What an interrupted run leaves: the state of training on x / norm_factor. The library's own scale_biases undoes it.
+    ae, folder = made["BatchTopKSAE"], ROOT / "dictionary_learning" / "interrupted"
+    folder.mkdir()
+    state = {k: v.clone() for k, v in ae.state_dict().items()}
+    config = {"dict_class": "BatchTopKSAE", "activation_dim": D, "dict_size": F, "k": K, "layer": 3, "lm_name": "tiny"}
+    torch.save({"step": 7, "ae": state, "optimizer": {}, "config": config, "norm_factor": 2.5}, folder / "ae.pt")
+    ae.scale_biases(2.5)
+    expect(folder, inputs(), ae.encode(inputs()), ae(inputs()))
+
+
+def sparsify() -> None:
+    """Autoencoders, a GroupMax one, and a skip transcoder."""
+    from sparsify import SparseCoder
+    from sparsify.config import SparseCoderConfig
+
+    run = ROOT / "sparsify"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"model": "tiny", "ctx_len": 64, "dataset": "abc"}))
+    for name, more in (
+        ("layers.3", {}),
+        ("layers.4", {"activation": "groupmax", "k": 4}),
+        ("layers.3.mlp", {"transcode": True, "skip_connection": True}),
+    ):
+        coder = SparseCoder(D, SparseCoderConfig(**{"expansion_factor": 2, "k": K, **more}))
+        shake(coder)
+        coder.save_to_disk(run / name)
+        found = coder.encode(inputs())
+        codes = torch.zeros(N, F).scatter_(1, found.top_indices, found.top_acts)
+        expect(run / name, inputs(), codes, coder(inputs()).sae_out)
+
+
+def circuit_tracer() -> None:
+    """Cross-layer transcoders of three layers."""
+    from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
+
+    for name in ("relu", "jump_relu"):
+        clt = CrossLayerTranscoder(3, F, D, name, lazy_decoder=False, dtype=torch.float32, device=torch.device("cpu"))
+        shake(clt)
+        if name == "jump_relu":
+            clt.activation_function.threshold.copy_(torch.rand_like(clt.activation_function.threshold))
+        folder = ROOT / "clt" / name
+        clt.to_safetensors(str(folder))
+        said = 'model_name: "tiny"\nfeature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out\n'
+        (folder / "config.yaml").write_text(said)
+        x = inputs(3 * D)
+        layers = x.view(N, 3, D).transpose(0, 1)
+        codes = clt.encode(layers)
+        out = clt.decode(codes)
+        expect(folder, x, codes.transpose(0, 1).reshape(N, -1), out.transpose(0, 1).reshape(N, -1))
+
+
+if __name__ == "__main__":
+    main()
+    print(f"{sum(file.stat().st_size for file in ROOT.rglob('*') if file.is_file()):,} bytes in {ROOT}")

@@ -1,0 +1,155 @@
+"""`CrossLayerTranscoder`: latents that read one layer and write that layer and all later ones.
+
+    f^l = activation(x^l W_enc^l + b_enc^l)        ŷ^j = Σ_{l ≤ j} f^l W_dec^{l→j} + b_dec^j
+
+(Ameisen et al. 2025, "Circuit Tracing", transformer-circuits.pub/2025/attribution-graphs/methods.html.) x and y are the
+activations of all L points one behind the other; latent i of layer l has the number l · width + i.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from microtome.common.config import require
+from microtome.common.errors import ConfigError, InputError
+from microtome.dictionary.activation import Activation
+from microtome.dictionary.codes import SparseCodes
+from microtome.dictionary.dictionary import Origin
+
+
+class CrossLayerTranscoder(nn.Module):
+    """L = len(origin.inputs) layers of `width` latents each, on activations of size `d_model`.
+
+    `encoder` [L, width, d_model] holds each W_enc^l transposed; `W_dec[l]` [width, L − l, d_model] is what layer l's latents
+    write to layers l, l+1, …; `activation` is one for all L · width latents, or one a layer.
+    """
+
+    def __init__(
+        self, d_model: int, width: int, activation: Activation | Sequence[Activation], *, origin: Origin
+    ) -> None:
+        super().__init__()
+        layers = len(origin.inputs)
+        require(
+            len(origin.outputs) == layers,
+            "A cross-layer transcoder writes as many points as it reads",
+            got=f"{layers} inputs, {len(origin.outputs)} outputs",
+        )
+        activations = [activation] if isinstance(activation, Activation) else list(activation)
+        require(
+            len(activations) in (1, layers)
+            and (layers == 1 or isinstance(activation, Activation) or len(activations) > 1),
+            "A cross-layer transcoder has one activation for all latents or one a layer",
+            got=len(activations),
+            expected=f"1 or {layers}",
+        )
+        self.n_layers, self.d_model, self.width = layers, d_model, width
+        self.d_in = self.d_out = layers * d_model
+        self.d_sae = layers * width
+        for each in activations:
+            k, latents = getattr(each, "k", 1), self.d_sae // len(activations)
+            require(k <= latents, "k must be at most the number of latents", got=f"k {k}, {latents} latents")
+        self.origin, self.path = origin, Path()
+        self.activations = nn.ModuleList(activations)
+        self.encoder = nn.Parameter(torch.zeros(layers, width, d_model))
+        self.W_dec = nn.ParameterList([torch.zeros(width, layers - layer, d_model) for layer in range(layers)])
+        self.b_enc = nn.Parameter(torch.zeros(layers, width))
+        self.b_dec = nn.Parameter(torch.zeros(layers, d_model))
+
+    # ---- what it is ---------------------------------------------------------------------------------------------------
+
+    architecture = "cross_layer_transcoder"
+    is_transcoder = True
+
+    @property
+    def k(self) -> int | None:
+        """How many latents are kept on each row in all layers, where the activations fix that."""
+        ks = [getattr(each, "k", None) for each in self.activations]
+        return sum(k for k in ks if k is not None) if None not in ks else None
+
+    @property
+    def model_name(self) -> str:
+        return self.origin.model_name
+
+    @property
+    def hook_name(self) -> str:
+        """Raises ConfigError unless it reads only one point."""
+        if self.n_layers > 1:
+            raise ConfigError(
+                "This needs a dictionary of one hook point",
+                got=f"a cross-layer transcoder of {self.n_layers} points",
+            )
+        return self.origin.inputs[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that name the weights: equal weights in one dtype have equal fingerprints."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.named_parameters()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    # ---- use ----------------------------------------------------------------------------------------------------------
+
+    def pre_activations(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        """x^l W_enc^l + b_enc^l of all layers, in the weights' dtype."""
+        layers = x.to(self.b_dec.dtype).unflatten(1, (self.n_layers, self.d_model))
+        return (torch.einsum("nld,lfd->nlf", layers, self.encoder) + self.b_enc).flatten(1)
+
+    def encode(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
+        """The codes of each row over all L · width latents."""
+        pre, bias = self.pre_activations(x), self.b_enc.flatten()
+        if len(self.activations) == 1:
+            return self._codes(0, pre, bias)
+        parts = [
+            self._codes(layer, pre[:, rows], bias[rows]) for layer, rows in enumerate(map(self._slice, self._layers()))
+        ]
+        indices = torch.cat([part.indices + layer * self.width for layer, part in enumerate(parts)], 1)
+        return SparseCodes(indices, torch.cat([part.values for part in parts], 1), self.d_sae)
+
+    def decode(self, codes: SparseCodes, x: Float[Tensor, "n d_in"] | None = None) -> Float[Tensor, "n d_out"]:
+        """The prediction for all layers: each latent's decoder rows for its own and all later layers, plus b_dec. `x` is
+        not needed; a Dictionary's decode takes it too."""
+        if codes.d_sae != self.d_sae:
+            raise InputError("These codes are of another dictionary", got=f"{codes.d_sae} latents", expected=self.d_sae)
+        n = len(codes.values)
+        total = self.b_dec.flatten().repeat(n, 1)
+        source = torch.where(codes.values == 0, -1, codes.indices // self.width)
+        for layer in self._layers():
+            rows, places = (source == layer).nonzero(as_tuple=True)
+            latents = codes.indices[rows, places] - layer * self.width
+            starts = functional.pad(torch.bincount(rows, minlength=n).cumsum(0), (1, 0))[:n]
+            weight = self.W_dec[layer].flatten(1)
+            values = codes.values[rows, places]
+            written = functional.embedding_bag(latents, weight, starts, per_sample_weights=values, mode="sum")
+            total = total + functional.pad(written, (layer * self.d_model, 0))
+        return total
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The prediction for activations of any leading shape, in their own dtype."""
+        rows = x.reshape(-1, self.d_in)
+        return self.decode(self.encode(rows)).to(x.dtype).view(*x.shape[:-1], self.d_out)
+
+    @torch.no_grad()
+    def fold_scales(self, inputs: Float[Tensor, " layers"], outputs: Float[Tensor, " layers"]) -> None:
+        """Make one that was trained on `inputs[l] · x^l` and `outputs[l] · y^l` work on x and y themselves. The codes stay."""
+        self.encoder.mul_(inputs[:, None, None])
+        self.b_dec.div_(outputs[:, None])
+        for layer in self._layers():
+            self.W_dec[layer].div_(outputs[layer:, None])
+
+    def _layers(self) -> range:
+        return range(self.n_layers)
+
+    def _slice(self, layer: int) -> slice:
+        return slice(layer * self.width, (layer + 1) * self.width)
+
+    def _codes(self, which: int, pre: Float[Tensor, "n f"], bias: Float[Tensor, " f"]) -> SparseCodes:
+        activation = self.activations[which]
+        assert isinstance(activation, Activation)
+        return activation.codes(pre, bias)

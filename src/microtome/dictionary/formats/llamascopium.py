@@ -1,0 +1,277 @@
+"""llamascopium (OpenMOSS; before, lm_saes): `config.json` with `sae_type`, and `sae_weights.safetensors` or `.pt`.
+
+W_E [d, F], b_E, W_D [F, d], b_D, `activation_function.log_jumprelu_threshold`, and the mean norms of the activations,
+`dataset_average_activation_norm.<point>`. b_D is not taken from the input. With `sparsity_include_decoder_norm` the gate looks
+at pre · ‖W_D,i‖. A crosscoder's tensors have a leading axis of points; a cross-layer transcoder's `W_D.j` is what
+layers 0 to j write to layer j. From its documentation and sources; its own code was not run to check this.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microtome.common.artifacts import read_json
+from microtome.common.errors import ArtifactError
+from microtome.dictionary.activation import Activation, JumpReLU, ReLU, TopK
+from microtome.dictionary.dictionary import Dictionary, InputNorm, Origin
+from microtome.dictionary.formats.reading import (
+    UNKNOWN,
+    AnyDictionary,
+    Format,
+    Hints,
+    Reading,
+    Weights,
+    build,
+    build_cross_layer,
+    fold_selection_norms,
+    leftover,
+)
+from microtome.dictionary.formats.tensors import TensorFile, only_tensors, read_pickle, read_safetensors
+
+CONFIG, NAME = "config.json", "llamascopium"
+WEIGHTS = ("sae_weights.safetensors", "sae_weights.pt", "checkpoints/final.safetensors", "checkpoints/final.pt")
+_THRESHOLD, _NORM = "activation_function.log_jumprelu_threshold", "dataset_average_activation_norm."
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the three readers share."""
+
+    folder: Path
+    config: dict[str, Any]
+    file: TensorFile
+    origin: Origin
+    notes: list[str]
+
+    @property
+    def by_norm(self) -> bool:
+        return bool(self.config.get("sparsity_include_decoder_norm", True))
+
+    def points(self, *keys: str) -> tuple[str, ...]:
+        return tuple(str(point) for key in keys for point in _listed(self.config.get(key)))
+
+
+def detect(folder: Path) -> bool:
+    """A config that says its `sae_type`."""
+    return (folder / CONFIG).is_file() and "sae_type" in read_json(folder / CONFIG)
+
+
+def read(folder: Path, hints: Hints) -> Reading:
+    """An autoencoder or transcoder ("sae"), a crosscoder, or a cross-layer transcoder ("clt")."""
+    config = read_json(folder / CONFIG)
+    readers = {"sae": _sae, "crosscoder": _crosscoder, "clt": _cross_layer}
+    kind = config.get("sae_type")
+    if kind not in readers or config.get("use_glu_encoder"):
+        got = "use_glu_encoder true" if kind in readers else f"sae_type {kind!r}"
+        raise _refused(folder, got, " or ".join(readers))
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        found = "a distributed checkpoint (.dcp)" if (folder / "sae_weights.dcp").exists() else "none"
+        raise ArtifactError(f"{folder} has no weights that can be read", got=found, expected=" or ".join(WEIGHTS))
+    if weights.suffix == ".pt":
+        values = read_pickle(weights)
+        tensors = only_tensors(values["sae"] if isinstance(values.get("sae"), dict) else values)
+    else:
+        tensors = read_safetensors(weights)
+    source = _Source(folder, config, TensorFile(weights, tensors, CONFIG), _origin(config, hints), [])
+    made = readers[str(kind)](source)
+    source.file.skip(*(name for name in tensors if name.startswith(_NORM)))
+    return Reading(dictionary=made, format=NAME, notes=(*source.notes, *leftover(source.file.left)))
+
+
+FORMAT = Format(name=NAME, looks=f"{CONFIG} with sae_type, and {WEIGHTS[0]}", detect=detect, read=read)
+
+
+# ---- autoencoders and transcoders ---------------------------------------------------------------------------------------
+
+
+def _sae(source: _Source) -> AnyDictionary:
+    file, config = source.file, source.config
+    d_in, d_sae = file.shape("W_E", 2)
+    _check_width(source, d_in, d_sae)
+    W_dec = file.take("W_D", d_sae, d_in)
+    made = build(
+        source.folder,
+        source.origin,
+        _activation(source, W_dec.norm(dim=1), (d_sae,)),
+        Weights(
+            W_enc=file.take("W_E", d_in, d_sae),
+            W_dec=W_dec,
+            b_enc=file.take("b_E", d_sae),
+            b_dec=file.take("b_D", d_in) if config.get("use_decoder_bias", True) else None,
+        ),
+        center=False,
+        input_norm=_token_norm(source),
+    )
+    if isinstance(made.activation, TopK) and source.by_norm:
+        fold_selection_norms(made)
+        source.notes.append("latents are chosen by pre · ‖W_D‖: the decoder norms were folded, each row has norm one")
+    read, written = (_scale(source, point, d_in) for point in source.points("hook_point_in", "hook_point_out"))
+    made.fold_scales(torch.full((d_in,), read), torch.full((d_in,), written))
+    return made
+
+
+def _token_norm(source: _Source) -> InputNorm:
+    """Activations scaled one by one; every other way is folded or refused by `_scale`."""
+    if source.config.get("norm_activation") != "token-wise":
+        return "none"
+    if source.origin.inputs != source.origin.outputs or len(source.origin.inputs) > 1:
+        raise _refused(source.folder, "norm_activation 'token-wise' for several points", "dataset-wise or inference")
+    return "constant_norm_rescale"
+
+
+def _scale(source: _Source, point: str, d_model: int) -> float:
+    """√d over the mean norm at a point, where activations were scaled by it in training."""
+    way = source.config.get("norm_activation", "dataset-wise")
+    if way in ("inference", "token-wise"):
+        return 1.0
+    if way != "dataset-wise":
+        raise _refused(source.folder, f"norm_activation {way!r}", "dataset-wise, token-wise or inference")
+    norm = source.file.take_if_there(f"{_NORM}{point}")
+    if norm is None or norm <= 0:
+        got = None if norm is None else norm.item()
+        raise ArtifactError(f"{source.file.file} lacks the mean norm of {point}", got=got, expected=f"{_NORM}{point}")
+    scale = float(d_model**0.5 / norm.item())
+    source.notes.append(f"{point} was scaled by {scale:.6g} in training; folded into the weights")
+    return scale
+
+
+def _activation(source: _Source, norms: Tensor, shape: tuple[int, ...]) -> Activation:
+    """ReLU, TopK or JumpReLU for the latents of `norms`; of JumpReLU the threshold of pre itself, not of pre · norm."""
+    name, k = source.config.get("act_fn", "relu"), source.config.get("top_k")
+    if name == "relu":
+        return ReLU()
+    if name == "jumprelu":
+        threshold = source.file.take(_THRESHOLD, *shape).exp().broadcast_to(norms.shape)
+        if not source.by_norm:
+            return JumpReLU(threshold.flatten().clone())
+        # A latent that writes nothing is never above its threshold.
+        never = torch.finfo(threshold.dtype).max
+        return JumpReLU((threshold / norms).where(norms > 0, never).flatten())
+    if name == "topk" and isinstance(k, int):
+        return TopK(k)
+    why = f"act_fn {name!r}"
+    if name in ("batchtopk", "batchlayertopk"):
+        why += ", whose codes depend on the batch: convert it to jumprelu in llamascopium"
+    raise _refused(source.folder, why, "relu, jumprelu or topk")
+
+
+# ---- several points -----------------------------------------------------------------------------------------------------
+
+
+def _crosscoder(source: _Source) -> Dictionary:
+    """Points × d inputs. Each point has its own gate (pre · its own decoder norm): where these differ, there is a latent for
+    each point and feature, number point · F + feature, that reads all points and writes its own."""
+    file = source.file
+    heads, d_model, width = file.shape("W_E", 3)
+    _check_width(source, d_model, width)
+    if len(source.origin.inputs) != heads:
+        raise file.misfit(f"{heads} points in W_E", f"{len(source.origin.inputs)} hook_points")
+    W_enc = file.take("W_E", heads, d_model, width).flatten(0, 1)
+    W_dec = file.take("W_D", heads, width, d_model)
+    b_enc = file.take("b_E", heads, width).sum(0)
+    shape = tuple(file.tensors[_THRESHOLD].shape) if _THRESHOLD in file else (width,)
+    activation = _activation(source, W_dec.norm(dim=2), shape)
+    if isinstance(activation, TopK):
+        raise _refused(source.folder, "act_fn 'topk' of a crosscoder, which chooses at each point", "relu or jumprelu")
+    if isinstance(activation, ReLU) or _same_gate(activation, heads):
+        decoder = W_dec.transpose(0, 1).flatten(1)
+        if isinstance(activation, JumpReLU):
+            activation = JumpReLU(activation.threshold.detach().view(heads, width)[0].clone())
+    else:
+        decoder = torch.cat(
+            [torch.cat([row if h == g else 0 * row for g in range(heads)], 1) for h, row in enumerate(W_dec)]
+        )
+        W_enc, b_enc = W_enc.repeat(1, heads), b_enc.repeat(heads)
+        source.notes.append(
+            f"the gates differ between the points: {heads} × {width} latents, one for each point and feature"
+        )
+    made = build(
+        source.folder,
+        source.origin,
+        activation,
+        Weights(
+            W_enc=W_enc,
+            W_dec=decoder,
+            b_enc=b_enc,
+            b_dec=file.take("b_D", heads, d_model).flatten(),
+        ),
+        center=False,
+        input_norm=_token_norm(source),
+    )
+    scales = torch.tensor([_scale(source, point, d_model) for point in source.points("hook_points")])
+    made.fold_scales(scales.repeat_interleave(d_model), scales.repeat_interleave(d_model))
+    return made
+
+
+def _same_gate(activation: Activation, heads: int) -> bool:
+    """Whether every point's gate opens for the same pre-activations."""
+    thresholds = activation.get_parameter("threshold").view(heads, -1)
+    return bool((thresholds == thresholds[:1]).all())
+
+
+def _cross_layer(source: _Source) -> AnyDictionary:
+    file = source.file
+    layers, d_model, width = file.shape("W_E", 3)
+    _check_width(source, d_model, width)
+    to_layer = [file.take(f"W_D.{j}", j + 1, width, d_model) for j in range(layers)]
+    weights = {
+        "encoder": file.take("W_E", layers, d_model, width).transpose(1, 2),
+        "b_enc": file.take("b_E", layers, width),
+        "b_dec": torch.zeros(layers, d_model),
+    }
+    if source.config.get("use_decoder_bias", True):
+        weights["b_dec"] = torch.stack([file.take(f"b_D.{j}", d_model) for j in range(layers)])
+    for layer in range(layers):
+        weights[f"W_dec.{layer}"] = torch.stack([to_layer[j][layer] for j in range(layer, layers)], 1)
+    if _token_norm(source) != "none":
+        raise _refused(source.folder, "norm_activation 'token-wise'", "dataset-wise or inference")
+    made = build_cross_layer(source.folder, source.origin, _cross_activation(source, weights, layers, width), weights)
+    read, written = (
+        torch.tensor([_scale(source, point, d_model) for point in source.points(key)])
+        for key in ("hook_points_in", "hook_points_out")
+    )
+    made.fold_scales(read, written)
+    return made
+
+
+def _cross_activation(
+    source: _Source, weights: dict[str, Tensor], layers: int, width: int
+) -> Activation | list[Activation]:
+    norms = torch.stack([weights[f"W_dec.{layer}"].flatten(1).norm(dim=1) for layer in range(layers)])
+    name, k = source.config.get("act_fn", "relu"), source.config.get("top_k")
+    if name not in ("topk", "layertopk"):
+        return _activation(source, norms, (layers, width))
+    if source.by_norm and not torch.allclose(norms, torch.ones_like(norms)):
+        raise _refused(source.folder, f"act_fn {name!r} that chooses by the norms of several rows", "relu or jumprelu")
+    if not isinstance(k, int):
+        raise _refused(source.folder, f"top_k {k!r}", "a positive integer")
+    return TopK(k) if name == "layertopk" else [TopK(k) for _ in range(layers)]
+
+
+# ---- its config -----------------------------------------------------------------------------------------------------------
+
+
+def _origin(config: dict[str, Any], hints: Hints) -> Origin:
+    reads = _listed(config.get("hook_point_in") or config.get("hook_points_in") or config.get("hook_points") or UNKNOWN)
+    writes = _listed(config.get("hook_point_out") or config.get("hook_points_out") or reads)
+    model = config.get("model_name") if isinstance(config.get("model_name"), str) else UNKNOWN
+    return hints.applied(Origin(model_name=str(model), inputs=tuple(reads), outputs=tuple(writes)))
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+def _check_width(source: _Source, d_model: int, d_sae: int) -> None:
+    said = source.config.get("d_model", d_model), source.config.get("expansion_factor")
+    wanted = round(said[0] * said[1]) if isinstance(said[1], int | float) else d_sae
+    if (said[0], wanted) != (d_model, d_sae):
+        raise source.file.misfit(f"W_E of {d_sae} latents on {d_model}", f"{wanted} latents on {said[0]}")
+
+
+def _refused(folder: Path, got: str, expected: str) -> ArtifactError:
+    return ArtifactError(f"The dictionary at {folder} is of a kind that cannot be read", got=got, expected=expected)

@@ -1,0 +1,93 @@
+"""Cross-layer transcoders as circuit-tracer saves and `mntss/clt-*` publishes them: a pair of files for each layer.
+
+`W_enc_l.safetensors` holds W_enc_l [F, d], b_enc_l [F], b_dec_l [d] and, for JumpReLU, threshold_l [F];
+`W_dec_l.safetensors` holds W_dec_l [F, L − l, d]. `config.yaml` names the model and the points of a block. Read from
+circuit-tracer 0.5.0.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from microtome.common.errors import ArtifactError
+from microtome.dictionary.activation import Activation, JumpReLU, ReLU
+from microtome.dictionary.dictionary import Origin
+from microtome.dictionary.formats.hooks import hub_model
+from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, build_cross_layer, leftover
+from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
+
+CONFIG, NAME = "config.yaml", "clt"
+READS, WRITES = "hook_resid_mid", "hook_mlp_out"  # circuit-tracer's defaults
+
+
+def detect(folder: Path) -> bool:
+    """The pair of the first layer."""
+    return all((folder / f"{name}_0.safetensors").is_file() for name in ("W_enc", "W_dec"))
+
+
+def read(folder: Path, hints: Hints) -> Reading:
+    """A CrossLayerTranscoder of as many layers as there are files."""
+    layers = len(list(folder.glob("W_enc_*.safetensors")))
+    files = [
+        TensorFile(
+            folder / f"W_enc_{layer}.safetensors",
+            {
+                **read_safetensors(folder / f"W_enc_{layer}.safetensors"),
+                **read_safetensors(folder / f"W_dec_{layer}.safetensors"),
+            },
+            "the other layers",
+        )
+        for layer in range(layers)
+    ]
+    width, d_model = files[0].shape("W_enc_0", 2)
+    thresholds = [file.take_if_there(f"threshold_{layer}", width) for layer, file in enumerate(files)]
+    weights = {
+        "encoder": _stack(files, "W_enc", width, d_model),
+        "b_enc": _stack(files, "b_enc", width),
+        "b_dec": _stack(files, "b_dec", d_model),
+    }
+    for layer, file in enumerate(files):
+        weights[f"W_dec.{layer}"] = file.take(f"W_dec_{layer}", width, layers - layer, d_model)
+    said, notes = _config(folder)
+    origin = Origin(
+        model_name=hints.model_name or hub_model(said.get("model_name", UNKNOWN)),
+        inputs=tuple(f"blocks.{i}.{hints.hook_name or said.get('feature_input_hook', READS)}" for i in range(layers)),
+        outputs=tuple(
+            f"blocks.{i}.{hints.hook_name_out or said.get('feature_output_hook', WRITES)}" for i in range(layers)
+        ),
+    )
+    made = build_cross_layer(folder, origin, _activation(folder, thresholds), weights)
+    left = leftover([name for file in files for name in file.left])
+    return Reading(dictionary=made, format=NAME, notes=(*notes, *left))
+
+
+FORMAT = Format(
+    name=NAME, looks="W_enc_0.safetensors, W_dec_0.safetensors, … and config.yaml", detect=detect, read=read
+)
+
+
+def _stack(files: list[TensorFile], name: str, *shape: int) -> Tensor:
+    return torch.stack([file.take(f"{name}_{layer}", *shape) for layer, file in enumerate(files)])
+
+
+def _activation(folder: Path, thresholds: list[Tensor | None]) -> Activation:
+    given = [threshold for threshold in thresholds if threshold is not None]
+    if not given:
+        return ReLU()
+    if len(given) < len(thresholds):
+        raise ArtifactError(
+            f"Some layers at {folder} have thresholds and others have none",
+            got=f"{len(given)} of {len(thresholds)} layers",
+        )
+    return JumpReLU(torch.cat(given))
+
+
+def _config(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The flat `key: value` lines of config.yaml: nothing else of YAML is in it."""
+    file = folder / CONFIG
+    if not file.is_file():
+        return {}, [f"no {CONFIG}: the points are taken to be {READS} and {WRITES}"]
+    pairs = [line.split("#")[0].partition(":") for line in file.read_text(encoding="utf-8").splitlines()]
+    said = {key.strip(): value.strip().strip("\"'") for key, _, value in pairs if not key.startswith((" ", "-"))}
+    return {key: value for key, value in said.items() if value}, []

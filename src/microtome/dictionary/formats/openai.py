@@ -1,0 +1,82 @@
+"""OpenAI's GPT-2 autoencoders: one `.pt` with the state dict, which is read with `weights_only`.
+
+`pre_bias, encoder.weight [F, d], latent_bias, decoder.weight [d, F]`, the activation's class by name, and its k. The input is
+layer-normalised exactly when the activation is TopK, as in their `Autoencoder.from_state_dict`. The file names neither
+model nor point. Source: Gao et al. 2024, arXiv 2406.04093, and github.com/openai/sparse_autoencoder.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from microtome.common.errors import ArtifactError
+from microtome.dictionary.activation import Activation, ReLU, TopK
+from microtome.dictionary.dictionary import Origin
+from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
+from microtome.dictionary.formats.tensors import TensorFile, only_tensors, read_pickle
+
+NAME = "openai"
+_OTHERS = ("ae.pt", "sae_weights.pt", "trainer_state.pt")
+_STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+
+
+def detect(path: Path) -> bool:
+    """A `.pt` file that is no other format's, or a folder with just one and no config."""
+    return _file(path) is not None
+
+
+def read(path: Path, hints: Hints) -> Reading:
+    """An autoencoder of any of their versions."""
+    weights = _file(path)
+    assert weights is not None
+    values = read_pickle(weights)
+    file = TensorFile(weights, only_tensors(values), "the format")
+    d_sae, d_in = file.shape("encoder.weight", 2)
+    W_enc = file.take("encoder.weight", d_sae, d_in).T
+    tied = "decoder.weight" not in file
+    activation = _activation(weights, values)
+    file.skip(*_STATISTICS, "decoder.linear.weight")
+    norm = isinstance(activation, TopK)
+    notes = ["the input is layer-normalised"] if norm else []
+    notes += ["encoder and decoder are tied"] if tied else []
+    if hints.hook_name is None:
+        notes.append("the file does not name the hook point: give hook_name and model_name")
+    origin = Origin(model_name=UNKNOWN, inputs=(UNKNOWN,), context=64)
+    made = build(
+        path,
+        hints.applied(origin),
+        activation,
+        Weights(
+            W_enc=W_enc,
+            W_dec=W_enc.T if tied else file.take("decoder.weight", d_in, d_sae).T,
+            b_enc=file.take("latent_bias", d_sae),
+            b_dec=file.take("pre_bias", d_in),
+        ),
+        center=True,
+        input_norm="layer_norm" if norm else "none",
+    )
+    return Reading(dictionary=made, format=NAME, notes=(*notes, *leftover(file.left)))
+
+
+FORMAT = Format(
+    name=NAME, looks="one .pt with pre_bias, encoder.weight, latent_bias, decoder.weight", detect=detect, read=read
+)
+
+
+def _file(path: Path) -> Path | None:
+    if path.is_file():
+        return path if path.suffix == ".pt" and path.name not in _OTHERS else None
+    files = [file for file in path.glob("*.pt") if file.name not in _OTHERS]
+    return files[0] if len(files) == 1 and not any(path.glob("*.json")) else None
+
+
+def _activation(file: Path, values: dict[str, Any]) -> Activation:
+    name, state = values.get("activation", "ReLU"), values.get("activation_state_dict") or {}
+    if name == "ReLU":
+        return ReLU()
+    if name == "TopK" and state.get("postact_fn", "ReLU") == "ReLU" and isinstance(state.get("k"), int):
+        return TopK(state["k"])
+    raise ArtifactError(
+        f"The dictionary at {file} is of a kind that cannot be read",
+        got=f"activation {name!r} with {dict(state)}",
+        expected="ReLU, or TopK with an integer k and ReLU after it",
+    )

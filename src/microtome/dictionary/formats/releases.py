@@ -1,0 +1,81 @@
+"""Well-known releases by name: where each is on the hub, its format, and what is special about it (`releases.json`)."""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from microtome.common.config import from_dict
+from microtome.common.errors import ArtifactError
+from microtome.dictionary.formats.reading import Hints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """One release. `ids` maps the names of its dictionaries to folders, where these differ; `example` is one of them."""
+
+    repo: str
+    format: str
+    model: str
+    example: str
+    notes: tuple[str, ...] = ()
+    ids: Mapping[str, str] = field(default_factory=dict)
+    centered: bool = False
+    norm_scaling_factors: Mapping[str, float] = field(default_factory=dict)
+    uncertain: tuple[str, ...] = ()
+    """What was not checked against the release itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One dictionary of a release."""
+
+    release: Release
+    id: str
+
+    @property
+    def repo(self) -> str:
+        return self.release.repo
+
+    @property
+    def format(self) -> str:
+        return self.release.format
+
+    @property
+    def folder(self) -> str:
+        return self.release.ids.get(self.id, self.id)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*self.release.notes, *(f"not checked: {what}" for what in self.release.uncertain))
+
+    def hinted(self, hints: Hints) -> Hints:
+        """The hints, with what the release knows where they say nothing."""
+        factor = hints.norm_scaling_factor
+        return replace(
+            hints,
+            model_name=hints.model_name or self.release.model,
+            norm_scaling_factor=self.release.norm_scaling_factors.get(self.id) if factor is None else factor,
+            centered=hints.centered or self.release.centered,
+        )
+
+
+@functools.cache
+def releases() -> Mapping[str, Release]:
+    """All releases by name."""
+    text = Path(__file__).with_name("releases.json").read_text(encoding="utf-8")
+    return {name: from_dict(Release, {**facts}) for name, facts in json.loads(text).items()}
+
+
+def find_release(name: str) -> Found | None:
+    """The dictionary `release/id`; None when `name` begins with no release. Raises ArtifactError for a release without id."""
+    release, _, inside = name.partition("/")
+    if release not in releases():
+        return None
+    found = releases()[release]
+    if not inside:
+        raise ArtifactError(
+            f"{release} is a release of many dictionaries", fix=f"Name one, for example {release}/{found.example}"
+        )
+    return Found(release=found, id=inside)

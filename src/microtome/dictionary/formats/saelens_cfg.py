@@ -1,0 +1,156 @@
+"""SAELens's cfg.json, of version 6 and older, as one form: `SaeLensCfg`.
+
+Before version 6 all keys lay side by side, some had other names, and what was left out had other defaults; the
+translation follows SAELens's own (`handle_pre_6_0_config`). A version-6 file has its `metadata` apart.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from microtome.common.errors import ArtifactError
+from microtome.dictionary.dictionary import Origin
+from microtome.dictionary.formats.hooks import hub_model
+from microtome.dictionary.formats.reading import UNKNOWN
+
+CFG = "cfg.json"
+RENAMED = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+# What SAELens calls each kind, and the activation that it means; those with a threshold for all latents at once exist
+# only while SAELens trains, and in its checkpoints.
+ACTIVATIONS = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "batchtopk": "batchtopk",
+    "matryoshka_batchtopk": "batchtopk",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeLensCfg:
+    """What a cfg.json says, whatever its age."""
+
+    architecture: str
+    d_in: int
+    d_sae: int
+    d_out: int
+    k: int | None
+    center: bool
+    normalize: str
+    rescale: bool
+    """Whether latents are chosen by pre · ‖W_dec,i‖ (`rescale_acts_by_decoder_norm`)."""
+    finetuned: bool
+    """Whether a tensor `scaling_factor` multiplies the codes when they are decoded (before version 6)."""
+    origin: Origin
+    model_kwargs: Mapping[str, Any]
+    legacy: bool
+
+
+def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
+    """Read a cfg.json. Raises ArtifactError for a kind that cannot be read and for values that cannot be."""
+    legacy = _is_legacy(cfg)
+    flat = _modern(cfg) if legacy else dict(cfg)
+    metadata = flat if legacy else dict(flat.get("metadata") or {})
+    architecture = flat.get("architecture")
+    _one_of(folder, "architecture", architecture, tuple(ACTIVATIONS))
+    normalize = flat.get("normalize_activations") or "none"
+    _one_of(folder, "normalize_activations", normalize, NORMS)
+    _one_of(folder, "reshape_activations", flat.get("reshape_activations"), ("none", "hook_z", None))
+    if metadata.get("hook_head_index") is not None:
+        raise ArtifactError(
+            f"The dictionary at {folder} reads one attention head, which cannot be read here",
+            got=f"hook_head_index {metadata['hook_head_index']!r}",
+        )
+    kind = str(architecture)
+    transcoder = kind.endswith("transcoder")
+    center = flat.get("apply_b_dec_to_input", True)
+    if not isinstance(center, bool):
+        raise _damaged(folder, "apply_b_dec_to_input", center, "true or false")
+    if transcoder and center:
+        raise _damaged(folder, "apply_b_dec_to_input", center, "false for a transcoder")
+    d_in = _whole(folder, flat, "d_in")
+    return SaeLensCfg(
+        architecture=kind,
+        d_in=d_in,
+        d_sae=_whole(folder, flat, "d_sae"),
+        d_out=_whole(folder, flat, "d_out") if transcoder else d_in,
+        k=_whole(folder, flat, "k") if kind == "topk" else None,
+        center=center,
+        normalize=normalize,
+        rescale=_rescale(kind, flat),
+        finetuned=bool(flat.get("finetuning_scaling_factor")),
+        origin=_origin(metadata, transcoder=transcoder),
+        model_kwargs=metadata.get("model_from_pretrained_kwargs") or {},
+        legacy=legacy,
+    )
+
+
+def _is_legacy(cfg: Mapping[str, Any]) -> bool:
+    """SAELens takes the old path when it finds no version, or one below 6."""
+    version = cfg.get("sae_lens_version") or (cfg.get("metadata") or {}).get("sae_lens_version")
+    major = str(version or "0").split(".")[0]
+    return not major.isdigit() or int(major) < 6
+
+
+def _modern(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {RENAMED.get(key, key): value for key, value in cfg.items()}
+    flat = {**(flat.pop("metadata", None) or {}), **flat}
+    flat.setdefault("architecture", "standard")
+    kwargs = flat.get("activation_fn_kwargs") or {}
+    if flat.get("activation_fn") == "topk" and kwargs.get("k") is not None:
+        flat["architecture"], flat["k"] = "topk", kwargs["k"]
+    normalize = flat.get("normalize_activations")
+    if isinstance(normalize, bool):
+        flat["normalize_activations"] = "expected_average_only_in" if normalize else "none"
+    return flat
+
+
+def _rescale(architecture: str, flat: Mapping[str, Any]) -> bool:
+    """Only TopK and its kin choose by the norm; in their checkpoints it is the default."""
+    if ACTIVATIONS[architecture] not in ("topk", "batchtopk"):
+        return False
+    return bool(flat.get("rescale_acts_by_decoder_norm", architecture != "topk"))
+
+
+def _origin(metadata: Mapping[str, Any], *, transcoder: bool) -> Origin:
+    hook = str(metadata.get("hook_name") or UNKNOWN)
+    context = metadata.get("context_size")
+    return Origin(
+        model_name=hub_model(str(metadata.get("model_name") or UNKNOWN)),
+        inputs=(hook,),
+        outputs=(str(metadata.get("hook_name_out") or f"{UNKNOWN} output"),) if transcoder else (),
+        context=context if isinstance(context, int) else None,
+        prepend_bos=bool(metadata.get("prepend_bos", True)),
+        dataset=metadata.get("dataset_path"),
+    )
+
+
+def _one_of(folder: Path, key: str, value: object, known: tuple[str | None, ...]) -> None:
+    if value not in known:
+        raise ArtifactError(
+            f"The dictionary at {folder} is of a kind that cannot be read",
+            got=f"{key} {value!r}",
+            expected=f"one of {', '.join(filter(None, known))}",
+        )
+
+
+def _whole(folder: Path, flat: Mapping[str, Any], key: str) -> int:
+    value = flat.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise _damaged(folder, key, value, "a positive integer")
+    return value
+
+
+def _damaged(folder: Path, key: str, value: object, expected: str) -> ArtifactError:
+    return ArtifactError(f"{folder / CFG} is damaged", got=f"{key} {value!r}", expected=expected)

@@ -1,0 +1,86 @@
+"""sparsify (EleutherAI): a folder named after its module, with `cfg.json` and `sae.safetensors`; `config.json` beside it.
+
+W_dec is [F, d], W_skip is [d, d] and used as x W_skipᵀ. A transcoder (`transcode`) reads the module's input and does not
+take b_dec from it. Read from sparsify 1.3.3.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from microtome.common.artifacts import read_json
+from microtome.common.errors import ArtifactError
+from microtome.dictionary.activation import GroupMax, TopK
+from microtome.dictionary.dictionary import Origin
+from microtome.dictionary.formats.hooks import into_module, of_module
+from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
+from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
+
+CFG, WEIGHTS, RUN, NAME = "cfg.json", "sae.safetensors", "config.json", "sparsify"
+
+
+def detect(folder: Path) -> bool:
+    """Both files of the format."""
+    return (folder / CFG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def read(folder: Path, hints: Hints) -> Reading:
+    """An autoencoder or a transcoder, with or without a skip path."""
+    cfg = read_json(folder / CFG)
+    d_in, d_sae, k = _sizes(folder, cfg)
+    activation = cfg.get("activation", "topk")
+    if activation not in ("topk", "groupmax") or cfg.get("signed"):
+        got = "signed codes" if cfg.get("signed") else f"activation {activation!r}"
+        raise ArtifactError(f"The dictionary at {folder} is of a kind that cannot be read", got=got, expected="topk")
+    file = TensorFile(folder / WEIGHTS, read_safetensors(folder / WEIGHTS), CFG)
+    transcode = bool(cfg.get("transcode"))
+    notes = []
+    origin = _origin(folder, transcode)
+    if UNKNOWN in (*origin.inputs, *origin.outputs) and hints.hook_name is None:
+        notes.append(f"the folder's name, {folder.name!r}, is no module of a model: give hook_name")
+    if transcode and hints.hook_name is None:
+        notes.append(
+            "reads the input of a module (after the norm and its weight), which is no hook point of Microtome; its nearest is "
+            "ln2.hook_normalized, before the weight"
+        )
+    skip = file.take("W_skip", d_in, d_in) if cfg.get("skip_connection") else None
+    made = build(
+        folder,
+        hints.applied(origin),
+        TopK(k) if activation == "topk" else GroupMax(k),
+        Weights(
+            W_enc=file.take("encoder.weight", d_sae, d_in).T,
+            W_dec=file.take("W_dec", d_sae, d_in),
+            b_enc=file.take("encoder.bias", d_sae),
+            b_dec=file.take("b_dec", d_in),
+            W_skip=None if skip is None else skip.T,
+        ),
+        center=not transcode,
+    )
+    return Reading(dictionary=made, format=NAME, notes=(*notes, *leftover(file.left)))
+
+
+FORMAT = Format(name=NAME, looks=f"{CFG} and {WEIGHTS}", detect=detect, read=read)
+
+
+def _sizes(folder: Path, cfg: dict[str, Any]) -> tuple[int, int, int]:
+    d_in, k = cfg.get("d_in"), cfg.get("k")
+    latents = cfg.get("num_latents") or (d_in or 0) * (cfg.get("expansion_factor") or 0)
+    for key, value in (("d_in", d_in), ("num_latents", latents), ("k", k)):
+        if not isinstance(value, int) or value < 1:
+            raise ArtifactError(f"{folder / CFG} is damaged", got=f"{key} {value!r}", expected="a positive integer")
+    assert isinstance(d_in, int)
+    assert isinstance(k, int)
+    return d_in, int(latents), k
+
+
+def _origin(folder: Path, transcode: bool) -> Origin:
+    run = read_json(folder.parent / RUN) if (folder.parent / RUN).is_file() else {}
+    point = of_module(folder.name)
+    context = run.get("ctx_len")
+    return Origin(
+        model_name=str(run.get("model") or UNKNOWN),
+        inputs=(into_module(folder.name),) if transcode else (point,),
+        outputs=(point if point != UNKNOWN else f"{UNKNOWN} output",) if transcode else (),
+        context=context if isinstance(context, int) else None,
+        dataset=run.get("dataset") if isinstance(run.get("dataset"), str) else None,
+    )

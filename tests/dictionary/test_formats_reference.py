@@ -1,0 +1,48 @@
+"""Every reader against the library whose format it reads: our codes and reconstructions of the same inputs are theirs.
+
+The folders under `fixtures` and the expectations beside them were made by the libraries themselves
+(`scripts/dictionary_fixtures.py`; their versions are in `fixtures/versions.json`).
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from microtome.dictionary.formats import log_sparsity, read_dictionary
+
+FIXTURES = Path(__file__).parent / "fixtures"
+EXPECTED = sorted(
+    str(file.relative_to(FIXTURES)).removesuffix(".expected.safetensors")
+    for file in FIXTURES.rglob("*.expected.safetensors")
+)
+# SAELens keeps the scale of training in the codes of Llama Scope; here they are in the units of the activations.
+THEIR_UNITS = {"llama_scope/Llama3_1-8B-Base-L3R-8x": 8**0.5 / 4.5}
+
+
+def test_there_are_fixtures_of_every_library() -> None:
+    assert {name.split("/")[0] for name in EXPECTED} == {
+        *("saelens", "saelens_checkpoint", "dictionary_learning", "sparsify", "clt", "llama_scope"),
+        *("gemma-scope-2b-pt-res", "gemma-scope-2b-pt-transcoders"),
+    }
+    assert len(EXPECTED) == 45
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_codes_and_reconstructions_are_the_librarys(name: str) -> None:
+    expected = load_file(FIXTURES / f"{name}.expected.safetensors")
+    made = read_dictionary(FIXTURES / name).dictionary
+    dense = made.encode(expected["x"]).to_dense()
+    assert (dense > 0).any(1).sum() >= 11  # of 12 rows: the comparison is not of zeros
+    torch.testing.assert_close(dense > 0, expected["codes"] > 0)
+    torch.testing.assert_close(made(expected["x"]), expected["out"], rtol=1e-5, atol=1e-5)
+    codes = dense * THEIR_UNITS.get(name, 1.0)
+    torch.testing.assert_close(codes, expected["codes"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_sparsity_beside_a_saelens_dictionary() -> None:
+    sparsity = log_sparsity(FIXTURES / "saelens/old")
+    assert sparsity is not None
+    torch.testing.assert_close(sparsity, torch.linspace(-6, -1, 16))
+    assert log_sparsity(FIXTURES / "saelens/standard") is None

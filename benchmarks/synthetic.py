@@ -191,7 +191,8 @@ def _train(configs: Sequence[DictionaryConfig], source: ArraySource, training: T
         for group in trainer.groups
         for member, number in enumerate(group.numbers)
     }
-    return [made[number] for number in range(len(configs))]
+    found = [made[number] for number in range(len(configs))]
+    return [each for each in found if isinstance(each, Dictionary)]
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ SURFACE = {
     ),
     *("IndexConfig", "build_index", "open_index"),
     "replicate",
-    "circuits",
+    *("circuits", "toy"),
     "MicrotomeError",
     "__version__",
 }

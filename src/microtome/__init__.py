@@ -39,6 +39,7 @@ _HOMES = {
     "open_index": "microtome.features",
     "replicate": "microtome.replications",
     "circuits": "microtome.circuits",
+    "toy": "microtome.toy",
     "MicrotomeError": "microtome.common.errors",
 }
 
@@ -46,6 +47,7 @@ __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 – the names are strings; t
 
 if TYPE_CHECKING:
     from microtome import circuits as circuits
+    from microtome import toy as toy
     from microtome.activations import HarvestConfig as HarvestConfig
     from microtome.activations import harvest as harvest
     from microtome.common.errors import MicrotomeError as MicrotomeError

@@ -11,7 +11,7 @@ from microtome.replications.toy_basics import ELHAGE, OWN
 from microtome.replications.toy_config import ToyModelsConfig
 from microtome.toy import Features, ToyConfig
 from microtome.toy.trials import trials
-from microtome.views import Heatmap, Lines, Series, Table, at_least, at_most
+from microtome.views import Heatmap, Lines, Series, Table, at_least, at_most, between
 from microtome.views.report import Cell
 
 _NEURONS = (0.75, 0.35, 0.15, 0.1, 0.06, 0.02, 0.01)
@@ -48,7 +48,7 @@ def neurons(config: ToyModelsConfig) -> Found:
         claim(
             "mixed",
             f"Between (p = {_NEURONS[1]}) some neurons are monosemantic and some are not (share that is)",
-            at_least(0.2),
+            between(0.2, 0.8),
             float(clear[1]),
             source=ELHAGE,
         ),

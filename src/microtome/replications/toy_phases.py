@@ -81,13 +81,16 @@ def _drawn(diagram: PhaseDiagram, m: int) -> Heatmap:
         columns=[f"{r:.2f}" for r in diagram.ratios],
         row_label="density",
         column_label="relative importance of the last feature",
-        value_label="0 ignored, 1 superposition, 2 dedicated",
+        value_label="phase",
         limits=(0, 2),
         border=border,
         title=f"The last of {m + 1} features in {m} dimension{'s' if m > 1 else ''}",
-        caption="The dashed line is 4r/(2 + 5r), below which W = [1, −1] with b = 0 loses less than dropping a feature."
-        if border
-        else "",
+        caption="0: ignored, 1: in superposition, 2: with a dimension of its own."
+        + (
+            " The dashed line is 4r/(2 + 5r), below which W = [1, −1] with b = 0 loses less than dropping a feature."
+            if border
+            else ""
+        ),
     )
 
 

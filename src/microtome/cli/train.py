@@ -143,7 +143,7 @@ def run(options: Options) -> dict[str, Any]:
             made = train_cross_layer(what, source, out=options.out, config=config, overwrite=options.overwrite)
         else:
             made = train(what, source, out=options.out, config=config, hook_name=hook, overwrite=options.overwrite)
-    rows = [_ended(sae, each) for sae, each in zip(made, wanted, strict=True)]
+    rows = [_ended(made[i], each) for i, each in enumerate(wanted)]
     shared = {"out": str(options.out), "seconds": round(timer.seconds, 2)}
     return {**rows[0], **shared} if single else {**shared, "dictionaries": rows}
 

@@ -52,7 +52,8 @@ def resample(
 
 def _forget(stack: Stack, optimiser: torch.optim.Optimizer, member: int, which: Int[Tensor, " c"]) -> None:
     own: list[tuple[Tensor, tuple[int, ...]]] = [(p, (member,)) for p in stack.latent_parameters()]
-    for p, index in [*own, stack.decoder.place(member)]:
+    own.append(stack.decoder.place(member))
+    for p, index in own:
         for value in optimiser.state.get(p, {}).values():
             if isinstance(value, Tensor) and value.shape == p.shape:
                 value[(*index, which)] = 0.0

@@ -7,6 +7,8 @@ from torch.nn import functional
 
 from microtome.dictionary.stack import Stack
 
+_SHARE = 0.2  # of the live encoder rows' mean length
+
 
 @torch.no_grad()
 def resample(
@@ -21,8 +23,9 @@ def resample(
 ) -> None:
     """Give a member's dead latents new weights (Bricken et al. 2023, "Neuron resampling"): for each an input is drawn
     with a chance in proportion to its squared loss; the decoder row becomes that input's direction (seen from b_dec) at
-    the mean length of live rows, the encoder row the same at 0.2 times their mean length, the bias zero, and Adam
-    forgets what it knew of them. `x` and `y` are scaled activations."""
+    the mean length of live rows, the encoder row the same at 0.2 times their mean length, the bias zero, what the
+    rule has for them as at the start (thresholds 0.2 times that), and Adam forgets what it knew of them. `x` and `y` are
+    scaled activations."""
     which = dead.nonzero().squeeze(1)
     if len(which) == 0:
         return
@@ -40,14 +43,15 @@ def resample(
     stack.W_dec[member, which] = functional.normalize(y[drawn] - stack.b_dec[member], dim=1) * alive_decoder
     if not stack.config.tied:
         x_center = stack.b_dec[member] if stack.config.centered else x.mean(0)
-        stack.encoder[member, which] = functional.normalize(x[drawn] - x_center, dim=1) * (0.2 * alive_encoder)
+        stack.encoder[member, which] = functional.normalize(x[drawn] - x_center, dim=1) * (_SHARE * alive_encoder)
     stack.b_enc[member, which] = 0.0
+    stack.rule.begin_again(member, which, _SHARE)
     _forget(stack, optimiser, member, which)
 
 
 def _forget(stack: Stack, optimiser: torch.optim.Optimizer, member: int, which: Int[Tensor, " c"]) -> None:
     for p in stack.parameters():
-        if p.ndim < 2 or p.shape[1] != stack.d_sae:
+        if p is stack.b_dec or p is stack.W_skip or p.ndim < 2 or p.shape[1] != stack.d_sae:
             continue
         for value in optimiser.state.get(p, {}).values():
             if isinstance(value, Tensor) and value.shape == p.shape:

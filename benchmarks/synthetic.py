@@ -44,19 +44,19 @@ class Config:
 
     data: tuple[str, ...] = DATA
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
-    features: int = 96
-    d: int = 48
-    l0: int = 4
+    features: int = 48
+    d: int = 24
+    l0: int = 3
     noise: float = 0.01
-    d_sae: int = 128
+    d_sae: int = 64
     seeds: int = 3
     rows: int = 100_000
     held_out: int = 20_000
-    tokens: int = 600_000
-    batch_size: int = 512
+    tokens: int = 200_000
+    batch_size: int = 256
     lr: float = 3e-3
     found: float = 0.9
-    share: float = 0.5
+    share: float = 1.0
     device: str = "cpu"
 
     def __post_init__(self) -> None:

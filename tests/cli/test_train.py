@@ -74,9 +74,9 @@ def test_a_sweep_is_all_combinations(run: Run, tmp_path: Path) -> None:
 
 def test_lambda_is_found_for_a_wanted_l0(run: Run) -> None:
     words = ("--hook", HOOK, "--architecture", "standard", "--train-tokens", "12800", "--lr", "0.003", "--overwrite")
-    usual, found = run(*words), run(*words, "--target-l0", "6")
+    usual, found = run(*words), run(*words, "--target-l0", "12")
     assert found["coefficient"] != usual["coefficient"] == 5.0
-    assert abs(found["training_l0"] - 6) < abs(usual["training_l0"] - 6)
+    assert abs(found["training_l0"] - 12) < abs(usual["training_l0"] - 12)
 
 
 def test_a_file_of_settings(run: Run, tmp_path: Path) -> None:

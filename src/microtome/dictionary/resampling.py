@@ -7,6 +7,8 @@ from torch.nn import functional
 
 from microtome.dictionary.stack import Stack
 
+_SHARE = 0.2  # of the live encoder rows' mean length
+
 
 @torch.no_grad()
 def resample(
@@ -45,8 +47,9 @@ def resample(
     decoder[which] = functional.normalize(written, dim=1) * alive_decoder
     if not stack.config.tied:
         x_center = stack.b_dec[member] if stack.config.centered else mine.mean(0)
-        stack.encoder[member, which] = functional.normalize(mine[drawn] - x_center, dim=1) * (0.2 * alive_encoder)
+        stack.encoder[member, which] = functional.normalize(mine[drawn] - x_center, dim=1) * (_SHARE * alive_encoder)
     stack.b_enc[member, which] = 0.0
+    stack.rule.begin_again(member, which, _SHARE)
     _forget(stack, optimiser, member, which)
 
 
@@ -56,4 +59,4 @@ def _forget(stack: Stack, optimiser: torch.optim.Optimizer, member: int, which: 
     for p, index in own:
         for value in optimiser.state.get(p, {}).values():
             if isinstance(value, Tensor) and value.shape == p.shape:
-                value[(*index, which)] = 0.0
+                (value[index] if index else value)[which] = 0.0

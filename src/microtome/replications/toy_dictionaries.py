@@ -68,6 +68,7 @@ def _member(config: ToyModelsConfig, kind: str) -> DictionaryConfig:
     revival = "resample" if "resampled" in kind else "none"
     common: dict[str, Any] = {
         "d_sae": _LATENTS,
+        "norms": "unit",
         "revival": revival,
         "resample_every": max(config.dictionary_steps // 8, 1),
         "b_dec_start": "zero",

@@ -23,6 +23,7 @@ SURFACE = {
         "ReLUConfig",
         "TrainConfig",
         "train",
+        "train_cross_layer",
         "load_dictionary",
         "EvaluateConfig",
         "evaluate",

@@ -157,7 +157,7 @@ def test_a_step_leaves_the_gradients_of_plain_loops(name: str, with_dead: bool, 
     torch.testing.assert_close(report.loss.sum(), loss.detach())
     for parameter, p in stack.named_parameters():
         grad = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.testing.assert_close(grad, expected[parameter], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grad, expected[parameter], rtol=1e-4, atol=1e-5, msg=f"the gradients of {parameter}")
 
 
 def test_the_fvu_is_that_of_each_layer_in_its_own_variance() -> None:

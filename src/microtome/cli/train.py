@@ -1,7 +1,6 @@
 """`microtome train`: dictionaries, from a store of activations or straight from the model."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -137,13 +136,13 @@ def run(options: Options) -> dict[str, Any]:
     if options.target_l0 is not None:
         wanted = [search_coefficient(each, source, options.target_l0, config=config) for each in wanted]
     single, what = len(wanted) == 1, wanted[0] if len(wanted) == 1 else wanted
-    made: Sequence[Dictionary | CrossLayerTranscoder]
+    made: list[Dictionary | CrossLayerTranscoder]
     with Timer() as timer:
         if any(each.cross_layer for each in wanted):
-            made = train_cross_layer(what, source, out=options.out, config=config, overwrite=options.overwrite)
+            made = [*train_cross_layer(what, source, out=options.out, config=config, overwrite=options.overwrite)]
         else:
-            made = train(what, source, out=options.out, config=config, hook_name=hook, overwrite=options.overwrite)
-    rows = [_ended(made[i], each) for i, each in enumerate(wanted)]
+            made = [*train(what, source, out=options.out, config=config, hook_name=hook, overwrite=options.overwrite)]
+    rows = [_ended(sae, each) for sae, each in zip(made, wanted, strict=True)]
     shared = {"out": str(options.out), "seconds": round(timer.seconds, 2)}
     return {**rows[0], **shared} if single else {**shared, "dictionaries": rows}
 

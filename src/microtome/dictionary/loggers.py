@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from microtome.common.errors import MissingDependencyError
 
@@ -49,3 +50,17 @@ class Loggers:
         run = wandb.init(project="microtome", name=folder.name.removesuffix(".partial"), dir=str(folder))
         self._writers.append(lambda row: run.log(dict(row), step=int(row["step"])))
         self._closers.append(run.finish)
+
+
+def as_one_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The rows of one step as one; figures of several dictionaries get their numbers as prefixes, those of layers
+    theirs behind them."""
+    together: dict[str, float] = {"step": rows[0]["step"]}
+    for row in rows:
+        prefix = "" if len(rows) == 1 else f"{row['dictionary']}/"
+        for key, value in row.items():
+            if isinstance(value, list):
+                together |= {f"{prefix}{key}/{i}": each for i, each in enumerate(value)}
+            elif key != "dictionary":
+                together[f"{prefix}{key}"] = value
+    return together

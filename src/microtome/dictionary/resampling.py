@@ -2,7 +2,7 @@
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from microtome.dictionary.stack import Stack
@@ -54,9 +54,8 @@ def resample(
 
 
 def _forget(stack: Stack, optimiser: torch.optim.Optimizer, member: int, which: Int[Tensor, " c"]) -> None:
-    own: list[tuple[Tensor, tuple[int, ...]]] = [(p, (member,)) for p in stack.latent_parameters()]
-    own.append(stack.decoder.place(member))
-    for p, index in own:
+    places: list[tuple[nn.Parameter, tuple[int, ...]]] = [(p, (member,)) for p in stack.latent_parameters()]
+    for p, index in [*places, stack.decoder.place(member)]:
         for value in optimiser.state.get(p, {}).values():
             if isinstance(value, Tensor) and value.shape == p.shape:
-                (value[index] if index else value)[which] = 0.0
+                value[index][which] = 0.0

@@ -45,7 +45,7 @@ from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.formats import read_dictionary, save_dictionary
 from microtome.dictionary.group import Group, alike
 from microtome.dictionary.layout import Sites
-from microtome.dictionary.loggers import Loggers
+from microtome.dictionary.loggers import Loggers, as_one_row
 from microtome.dictionary.stack import StepReport
 from microtome.dictionary.statistics import input_scales
 
@@ -250,7 +250,7 @@ class Trainer:
                     for row in rows:
                         self._log(row)
                     if rows:
-                        loggers.write(_for_loggers(rows))
+                        loggers.write(as_one_row(rows))
                     bar.advance(1, " ".join(f"FVU {row['fvu']:.3f}" for row in rows[:1]))
                     if self.step % self.config.checkpoint_every == 0 and self.step < self.config.n_steps:
                         self.save_checkpoint()
@@ -386,20 +386,6 @@ class Trainer:
         head = {"kind": KIND, "format": FORMAT, "config": {"architecture": describe(config), **shared}}
         write_json(folder / CONFIG, head)
         write_json(folder / PROVENANCE, {**describe_run(), "seed": self.config.seed})
-
-
-def _for_loggers(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The rows of one step as one; figures of several dictionaries get their numbers as prefixes, those of layers
-    theirs behind them."""
-    together: dict[str, float] = {"step": rows[0]["step"]}
-    for row in rows:
-        prefix = "" if len(rows) == 1 else f"{row['dictionary']}/"
-        for key, value in row.items():
-            if isinstance(value, list):
-                together |= {f"{prefix}{key}/{i}": each for i, each in enumerate(value)}
-            elif key != "dictionary":
-                together[f"{prefix}{key}"] = value
-    return together
 
 
 def _trim_log(file: Path, step: int) -> None:

@@ -29,14 +29,17 @@ _HOMES = {
     "ReLUConfig": "microtome.dictionary",
     "TrainConfig": "microtome.dictionary",
     "train": "microtome.dictionary",
+    "train_cross_layer": "microtome.dictionary",
     "load_dictionary": "microtome.dictionary",
     "EvaluateConfig": "microtome.dictionary",
     "evaluate": "microtome.dictionary",
+    "compare": "microtome.dictionary",
     "IndexConfig": "microtome.features",
     "build_index": "microtome.features",
     "open_index": "microtome.features",
     "replicate": "microtome.replications",
     "circuits": "microtome.circuits",
+    "toy": "microtome.toy",
     "MicrotomeError": "microtome.common.errors",
 }
 
@@ -44,6 +47,7 @@ __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 – the names are strings; t
 
 if TYPE_CHECKING:
     from microtome import circuits as circuits
+    from microtome import toy as toy
     from microtome.activations import HarvestConfig as HarvestConfig
     from microtome.activations import harvest as harvest
     from microtome.common.errors import MicrotomeError as MicrotomeError
@@ -56,9 +60,11 @@ if TYPE_CHECKING:
     from microtome.dictionary import ReLUConfig as ReLUConfig
     from microtome.dictionary import TopKConfig as TopKConfig
     from microtome.dictionary import TrainConfig as TrainConfig
+    from microtome.dictionary import compare as compare
     from microtome.dictionary import evaluate as evaluate
     from microtome.dictionary import load_dictionary as load_dictionary
     from microtome.dictionary import train as train
+    from microtome.dictionary import train_cross_layer as train_cross_layer
     from microtome.features import IndexConfig as IndexConfig
     from microtome.features import build_index as build_index
     from microtome.features import open_index as open_index

@@ -84,7 +84,10 @@ SURFACE = {
         *("normalization", "activation", "tied", "steps", "batch_size", "lr", "warmup_steps", "weight_decay"),
         *("checkpoint_every", "seed", "dtype", "device", "overwrite"),
     ],
-    "evaluate": [*TEXT, "dictionary", "n_tokens", "function_tokens", "out"],
+    "evaluate": [
+        *(*TEXT, "dictionary", "n_tokens", "function_tokens", "metrics", "probe_data", "entity_data", "out"),
+    ],
+    "compare": [*TEXT, "dictionaries", "n_tokens", "function_tokens", "similarity", "out"],
     "convert": [
         *("source", "out", "format", "model_name", "hook_name", "hook_name_out", "norm_scaling_factor"),
         *("fold_decoder_norms", "dtype", "overwrite"),

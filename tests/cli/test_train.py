@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from microtome.cli.main import main
-from microtome.dictionary import load_dictionary
+from microtome.dictionary import load_cross_layer_transcoder, load_dictionary
 from microtome.model import HookedModel
 
 Run = Callable[..., dict[str, Any]]
@@ -58,6 +58,13 @@ def test_every_architecture_is_trained_saved_and_opened(run: Run, architecture: 
     assert load_dictionary(tmp_path / "made").d_sae == 48
 
 
+def test_a_cross_layer_transcoder(run: Run, tmp_path: Path) -> None:
+    made = run("--cross-layer", "--hook", MLP_IN, OTHER, "--output-hook", MLP_OUT, OTHER, "--k", "4")
+    assert (made["hook_name"], made["predicts"]) == (f"{MLP_IN}, {OTHER}", f"{MLP_OUT}, {OTHER}")
+    assert len(made["training_fvu_by_layer"]) == 2
+    assert load_cross_layer_transcoder(tmp_path / "made").k == 8
+
+
 def test_a_sweep_is_all_combinations(run: Run, tmp_path: Path) -> None:
     made = run("--hook", HOOK, "--sweep", "k=2,4", "seed=0,1")
     assert [(each["k"], each["steps"]) for each in made["dictionaries"]] == [(2, 20), (2, 20), (4, 20), (4, 20)]
@@ -67,9 +74,9 @@ def test_a_sweep_is_all_combinations(run: Run, tmp_path: Path) -> None:
 
 def test_lambda_is_found_for_a_wanted_l0(run: Run) -> None:
     words = ("--hook", HOOK, "--architecture", "standard", "--train-tokens", "12800", "--lr", "0.003", "--overwrite")
-    usual, found = run(*words), run(*words, "--target-l0", "6")
+    usual, found = run(*words), run(*words, "--target-l0", "12")
     assert found["coefficient"] != usual["coefficient"] == 5.0
-    assert abs(found["training_l0"] - 6) < abs(usual["training_l0"] - 6)
+    assert abs(found["training_l0"] - 12) < abs(usual["training_l0"] - 12)
 
 
 def test_a_file_of_settings(run: Run, tmp_path: Path) -> None:

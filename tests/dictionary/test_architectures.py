@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {"d_sae": F, "aux_k": 6, "outlier_cap": 2.0}
 LAMBDA: dict[str, Any] = {"coefficient": 0.7, "coefficient_warmup": 0.0}
 JUMP: dict[str, Any] = {**SIZES, **LAMBDA, "bandwidth": 0.8, "start_threshold": 0.5}
 CONFIGS: dict[str, DictionaryConfig] = {
-    "relu": ReLUConfig(**SIZES, **LAMBDA),
+    "relu": ReLUConfig(**SIZES, **LAMBDA, norms="unit"),
     "relu-free": ReLUConfig(**SIZES, **LAMBDA, norms="free"),
     "relu-tied": ReLUConfig(**SIZES, **LAMBDA, tied=True),
     "relu-uncentred": ReLUConfig(**SIZES, **LAMBDA, center=False),
@@ -240,7 +240,7 @@ def test_fine_tuning_begins_with_what_was_exported(name: str) -> None:
 
 
 def test_gradients_along_unit_rows_are_taken_out_and_long_ones_shortened() -> None:
-    stack = make(ReLUConfig(**SIZES, **LAMBDA, clip_norm=1e-3), members=2)
+    stack = make(ReLUConfig(**SIZES, **LAMBDA, norms="unit", clip_norm=1e-3), members=2)
     stack.step(rows(1), rows(1), variance=VARIANCE)
     stack.before_update()
     assert stack.W_dec.grad is not None

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from microtome.views import Bars, Figure, Heatmap, Lines, Patterns, Scatter, Series
+from microtome.views import Bars, Directions, Figure, Heatmap, Lines, Patterns, Scatter, Series
 
 TOKENS = ["<s>", " Mary", " and", " </script><b>"]
 
@@ -33,6 +33,14 @@ def examples() -> dict[str, Figure]:
             x_label="step",
             y_label="nats",
             at=[(1.5, "induction")],
+        ),
+        "bordered": Heatmap([[0.0, 1.0, 2.0], [1.0, 2.0, 3.0]], border=[(-0.5, 0.0), (0.25, 1.0), (5.0, 2.5)]),
+        "directions": Directions(
+            [[[1.0, 0.0], [0.0, -0.5], [-0.25, 0.25]], [[0.5, 0.5]]],
+            names=["p = 1", " </script><b>"],
+            groups=[["own", "pair", "pair"], ["own"]],
+            labels=[["x0", "x1", "x2"], ["x0"]],
+            title="Features in the plane",
         ),
         "bars": Bars(
             ["5.1", "6.9", "all"], [0.5, -1.0, 2.0], low=[0.25, -1.5, 1], high=[1, -0.5, 3], groups=["a", "a", "b"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from microtome.common.errors import ConfigError, InputError, MicrotomeError, MissingDependencyError
-from microtome.views import Bars, Figure, Heatmap, Lines, Patterns, Scatter, Series
+from microtome.views import Bars, Directions, Figure, Heatmap, Lines, Patterns, Scatter, Series
 from microtome.views.canvas import COLOURS, Theme
 
 from .figures import TOKENS, examples
@@ -140,6 +140,8 @@ def test_svg_is_well_formed_and_says_the_words(name: str) -> None:
         "diverging": ["change"],
         "patterns": ["5.1", "6.9", "attention", "Mary"],
         "lines": ["step", "nats", "loss", "control", "induction"],
+        "bordered": [],
+        "directions": ["p = 1", "</script><b>", "own", "pair", "Features in the plane"],
         "bars": ["5.1", "all", "a", "b"],
         "horizontal": ["one long label", "share"],
         "scatter": ["7.2"],
@@ -270,3 +272,51 @@ def test_text_and_lines_stand_out(theme: Theme) -> None:
 def test_all_errors_are_of_the_house() -> None:
     with pytest.raises(MicrotomeError):
         Heatmap("ab")
+
+
+# ---- directions and borders ---------------------------------------------------------------------------------------------
+
+
+def test_directions_reach_beyond_the_longest_and_panels_may_differ_in_number() -> None:
+    figure = Directions([torch.tensor([[3.0, -4.0]]), [[1, 0], [0, 1]]], names=["a", "b"])
+    assert figure.limit == pytest.approx(4.4)
+    assert figure.data()["panels"] == [[[3.0, -4.0]], [[1.0, 0.0], [0.0, 1.0]]]
+    assert Directions([[[0, 0]]], names=["a"]).limit == 1.0
+    assert Directions([[[1, 0]]], names=["a"], limit=2).limit == 2.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"panels": [], "names": []}, "two coordinates"),
+        ({"panels": [[[1.0, 2.0, 3.0]]], "names": ["a"]}, "two coordinates"),
+        ({"panels": [[[1.0, 2.0]]], "names": ["a", "b"]}, "label for each panel"),
+        ({"panels": [[[1.0, 2.0]]], "names": ["a"], "groups": [["x", "y"]]}, "label for each vector"),
+        ({"panels": [[[1.0, 2.0]]], "names": ["a"], "labels": []}, "labels for each panel"),
+        ({"panels": [[[1.0, 2.0]]], "names": ["a"], "limit": -1.0}, "limit"),
+    ],
+    ids=["none", "three axes", "names", "groups", "labels", "limit"],
+)
+def test_directions_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Directions(**settings)
+
+
+def test_arrows_end_where_the_vectors_say(tmp_path: Path) -> None:
+    file = Directions([[[0.5, 0.5]]], names=["a"], limit=1.0).save(tmp_path / "a.png")
+    drawn = np.argwhere(np.abs(pixels(file) - colour(COLOURS["light"].series[0])).max(-1) < 0.05)
+    height, width = pixels(file).shape[:2]
+    assert len(drawn) > 50
+    # The arrow lies in the upper right quarter of the square, which is nearly the whole picture.
+    assert drawn[:, 0].max() < 0.62 * height
+    assert drawn[:, 1].min() > 0.45 * width
+    assert drawn[:, 0].max() - drawn[:, 0].min() == pytest.approx(drawn[:, 1].max() - drawn[:, 1].min(), abs=8)
+
+
+def test_a_border_is_drawn_over_the_cells_without_moving_them(tmp_path: Path) -> None:
+    cells = [[0.0, 0.0], [0.0, 0.0]]
+    plain = pixels(Heatmap(cells).save(tmp_path / "a.png"))
+    lined = pixels(Heatmap(cells, border=[(0.0, -0.5), (0.0, 7.0)]).save(tmp_path / "b.png"))
+    assert plain.shape == lined.shape
+    rows = np.unique(np.argwhere(np.abs(plain - lined).max(-1) > 0.2)[:, 0])
+    assert 1 <= len(rows) <= 6

@@ -52,7 +52,13 @@ def opened(browser: Browser, html: str, folder: Path, *, theme: Theme = "light",
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_each_kind_is_drawn_without_complaint(name: str, theme: Theme, browser: Browser, tmp_path: Path) -> None:
     seen = opened(browser, EXAMPLES[name].html(), tmp_path, theme=theme)
-    marks = {"heatmap": "rect.pos", "diverging": "rect.neg", "patterns": "rect.pos", "lines": "path[stroke]"}
+    marks = {
+        "heatmap": "rect.pos",
+        "diverging": "rect.neg",
+        "patterns": "rect.pos",
+        "lines": "path[stroke]",
+        "bordered": "path.border",
+    }
     # Every number of the drawing is a number: one NaN in a coordinate and the browser says so, or draws nothing.
     assert "NaN" not in seen.page.locator("figure").inner_html()
     assert seen.page.locator(marks.get(name, "[fill^='var(--s']")).count() > 0
@@ -162,6 +168,17 @@ def test_a_report_is_shown_as_text_and_fits_a_phone(browser: Browser, tmp_path: 
     assert seen.page.locator("tr#good td").all_inner_texts()[2:4] == ["≥ 1", "2 [1.5, 2.5]"]
     assert seen.page.locator("tr#bad .verdict").inner_text() == "✗ FAILED"
     assert seen.page.locator("tr#apart td").all_inner_texts()[3] == "needs gpt2's weights"
-    assert seen.page.locator("figure svg").count() == len(EXAMPLES) + 1  # two heads have a drawing each
+    # Two heads have a drawing each; two planes and their legend; a border has an inner one that cuts it off.
+    assert seen.page.locator("figure svg").count() == len(EXAMPLES) + 1 + 2 + 1
     assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390
     assert seen.complaints == []
+
+
+def test_the_pointer_shows_a_direction(browser: Browser, tmp_path: Path) -> None:
+    seen = opened(browser, EXAMPLES["directions"].html(), tmp_path)
+    box = seen.page.locator("figure svg .frame").first.bounding_box()
+    tip = seen.page.locator(".tip")
+    assert box is not None
+    # x0 = (1, 0) of a plane that reaches to 1.1.
+    seen.page.mouse.move(box["x"] + box["width"] * (0.5 + 0.5 / 1.1), box["y"] + box["height"] * 0.5)
+    assert tip.inner_text() == "x0 (own)\n1, 0\nlength 1"

@@ -72,7 +72,7 @@ def from_scratch(options: Options) -> dict[str, Any]:
             )
         figures = evaluate.run(
             evaluate.Options(
-                **text, part="0.95:1", dictionary=out / "dictionary", n_tokens=32_768, function_tokens=8192
+                **text, part="0.95:1", dictionary=str(out / "dictionary"), n_tokens=32_768, function_tokens=8192
             )
         )
         index.run(

@@ -1,6 +1,7 @@
 """`microtome evaluate`: measure a dictionary on text that it was not trained on."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,35 +15,149 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TextOptions):
-    """Measure a dictionary: L0, FVU, CE and KL with it spliced in, dead latents, density."""
+    """Measure a dictionary: L0, FVU, CE and KL with it spliced in, dead and dense latents, the decoder's cosines; and, when
+    asked for, sparse probing, absorption, SCR, TPP and disentanglement."""
 
-    dictionary: Annotated[Path, tyro.conf.Positional]
-    """The folder of the dictionary."""
+    dictionary: Annotated[str, tyro.conf.Positional]
+    """The folder of the dictionary, or whatever else names one: demo, hf://…, release/id."""
     n_tokens: int = 131_072
     """Tokens for reconstruction figures."""
     function_tokens: int = 16_384
-    """Tokens of these for CE and KL (three full forward passes each)."""
+    """Tokens of these for CE and KL (four full forward passes each)."""
+    metrics: tuple[str, ...] = ("core", "geometry")
+    """core, geometry, probing, absorption, scr, tpp, ravel. Only core needs a corpus."""
+    probe_data: Path | None = None
+    """JSONL with text and label on each line, for probing, SCR and TPP (else the built-in tasks)."""
+    entity_data: Path | None = None
+    """JSONL with entities, their attributes and prompts, for ravel (else two dozen cities)."""
     out: Path | None = None
-    """Where to write the figures as JSON (default: metrics.json in the dictionary's folder)."""
+    """Where to write the figures as JSON (default: metrics.json in the dictionary's folder, NAME-metrics.json for one that is
+    in no folder here)."""
 
 
 def run(options: Options) -> dict[str, Any]:
     """Evaluate, write the figures, and return them."""
     from microtome.common.artifacts import write_json
+    from microtome.common.config import to_dict
     from microtome.dictionary import EvaluateConfig, evaluate, load_dictionary
+    from microtome.dictionary.measures import Measures, check_names, finite
 
+    check_names(options.metrics)
     config = EvaluateConfig(n_tokens=options.n_tokens, function_tokens=options.function_tokens)
     sae = load_dictionary(options.dictionary)
     model = options.load_model()
-    dataset = options.load_tokens(model, options.dictionary)
-    figures = asdict(evaluate(model, sae, dataset, config))
-    out = options.out or options.dictionary / METRICS
-    write_json(
-        out, {**figures, "dataset": dataset.config["corpus"], "part": options.part, "model_dtype": str(model.dtype)}
-    )
+    sae = sae.to(model.device)
+    figures: dict[str, Any] = {}
+    about: dict[str, Any] = {"model_dtype": str(model.dtype)}
+    if "core" in options.metrics:
+        dataset = options.load_tokens(model, place(options.dictionary))
+        evaluation = evaluate(model, sae, dataset, config)
+        figures = finite({**to_dict(evaluation), "notes": list(evaluation.notes)})
+        about = {"dataset": dataset.config["corpus"], "part": options.part, **about}
+    figures |= Measures(model, sae, options.probe_data, options.entity_data).run(options.metrics)
+    here = place(options.dictionary)
+    out = options.out or (here / METRICS if here.is_dir() else here.with_name(f"{here.name}-{METRICS}"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, {**figures, **about})
     return {"out": str(out), **figures}
 
 
+def place(dictionary: str) -> Path:
+    """The dictionary's folder; for one that is in no folder here, its short name."""
+    path = Path(dictionary)
+    return path if path.is_dir() else Path(path.name)
+
+
 def show(result: dict[str, Any]) -> str:
-    """The figures, less the histogram."""
-    return lines({key: value for key, value in result.items() if not key.startswith("density_")})
+    """The figures of `evaluate`, less the histogram and the intervals; then the main figures of each other metric."""
+    hidden = ("density_edges", "density_counts", "intervals", "points", *_SHOWN)
+    rows = [lines({key: value for key, value in result.items() if key not in hidden})]
+    intervals = result.get("intervals", {})
+    rows += [
+        f"{name.replace('_', ' ')}: 95 % {low:.4g} to {high:.4g}"
+        for name, (low, high) in intervals.items()
+        if None not in (low, high)
+    ]
+    if len(result.get("points", ())) > 1:
+        rows += [f"{point['name']}: FVU {point['fvu']:.4g}" for point in result["points"]]
+    for name, shown in _SHOWN.items():
+        if name in result:
+            rows += ["", name, *shown(result[name])]
+    return "\n".join(rows)
+
+
+def _estimate(figure: Mapping[str, Any] | None) -> str:
+    if figure is None or figure["value"] is None:
+        return "–"
+    return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+
+
+def _geometry(found: Mapping[str, Any]) -> list[str]:
+    above, chance = found["above"], found["random_above"]
+    return [
+        f"  nearest neighbour's cosine: mean {found['nearest_mean']:.3f}, of random directions {found['random_mean']:.3f}",
+        *(f"  above {t}: {above[t]:.2%} of latents, of random directions {chance[t]:.2%}" for t in above),
+    ]
+
+
+def _probing(found: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for task in found["tasks"]:
+        sparse = "  ".join(f"top {k} {figure['value']:.3f}" for k, figure in task["sparse"].items())
+        name = f"{task['task']}: {task['attribute']}"
+        whole = f"all {task['all_latents']['value']:.3f}  model {_estimate(task['model'])}  chance {task['chance']:.2f}"
+        rows.append(f"  {name:<34}{sparse}  {whole}")
+    mean = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found["mean"].items())
+    return [*rows, f"  mean  {mean}"]
+
+
+def _absorption(found: Mapping[str, Any]) -> list[str]:
+    said = [
+        f"  {name.replace('_', ' ')}: {_estimate(found[name])}"
+        for name in ("splits", "fraction", "full", "probe_f1", "sparse_f1", "spelling")
+    ]
+    return [*said, f"  chance of the model's spelling: {found['chance']:.3f}; {found['n_words']} words"]
+
+
+def _scr(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for pair in found:
+        name = f"  {pair['task']}: {pair['wanted']} without {pair['spurious']}"
+        accuracies = f"biased {pair['biased']:.3f}, clean {pair['clean']:.3f}"
+        scores = {} if pair["score"] is None else pair["score"]
+        rows.append(f"{name}  {accuracies}{'' if scores else '; no gap to close'}")
+        rows += [f"    {count} latents: {_estimate(score)}" for count, score in scores.items()]
+    return rows
+
+
+def _tpp(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for task in found:
+        rows.append(f"  {task['task']}  accuracy {task['accuracy']:.3f}")
+        rows += [
+            f"    {count} latents: {_estimate(score)}  intended {task['intended'][count]:.3f}, "
+            f"unintended {task['unintended'][count]:.3f}"
+            for count, score in task["score"].items()
+        ]
+    return rows
+
+
+def _ravel(found: Mapping[str, Any]) -> list[str]:
+    rows = [
+        f"  the model on {one['attribute']}: {one['accuracy']:.3f} (chance {one['chance']:.3f})"
+        for one in found["answered"]
+    ]
+    for one in (*found["by_count"], found["whole"]):
+        causes = ", ".join(f"{name} {_estimate(figure)}" for name, figure in one["cause"].items())
+        rows.append(f"  {one['n_latents']} latents: {_estimate(one['score'])}; cause: {causes}")
+    return rows
+
+
+_SHOWN: dict[str, Callable[[Any], list[str]]] = {
+    "geometry": _geometry,
+    "probing": _probing,
+    "absorption": _absorption,
+    "scr": _scr,
+    "tpp": _tpp,
+    "ravel": _ravel,
+}

@@ -47,6 +47,7 @@ COMMANDS = {
     "train": Command("microtome.cli.train", "train a dictionary on activations", resumes=True),
     "train-lm": Command("microtome.cli.train_lm", "train a small language model from nothing", resumes=True),
     "evaluate": Command("microtome.cli.evaluate", "measure a dictionary on text it was not trained on"),
+    "compare": Command("microtome.cli.compare", "measure several dictionaries side by side, and draw their trade-off"),
     "convert": Command("microtome.cli.convert", "read a dictionary of any format and write it as SAELens does"),
     "index": Command(
         "microtome.cli.index", "one pass over text: statistics and examples of every latent", resumes=True

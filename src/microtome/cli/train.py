@@ -1,6 +1,7 @@
 """`microtome train`: dictionaries, from a store of activations or straight from the model."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,7 @@ from microtome.common.errors import ConfigError
 if TYPE_CHECKING:
     from microtome.activations import ActivationStore
     from microtome.activations.source import ActivationSource
-    from microtome.dictionary import Dictionary, DictionaryConfig, TrainConfig
+    from microtome.dictionary import CrossLayerTranscoder, Dictionary, DictionaryConfig, TrainConfig
 
 _TOPK = ("topk", "batchtopk", "matryoshka")
 
@@ -126,7 +127,7 @@ class Options(TextOptions):
 def run(options: Options) -> dict[str, Any]:
     """Train, and say where the dictionaries are and how the training ended."""
     from microtome.common.progress import Timer
-    from microtome.dictionary import train
+    from microtome.dictionary import train, train_cross_layer
     from microtome.dictionary.search import search_coefficient
     from microtome.dictionary.trainer import as_source
 
@@ -135,17 +136,14 @@ def run(options: Options) -> dict[str, Any]:
     source = as_source(_source(options, wanted), wanted, hook)
     if options.target_l0 is not None:
         wanted = [search_coefficient(each, source, options.target_l0, config=config) for each in wanted]
-    single = len(wanted) == 1
+    single, what = len(wanted) == 1, wanted[0] if len(wanted) == 1 else wanted
+    made: Sequence[Dictionary | CrossLayerTranscoder]
     with Timer() as timer:
-        made = train(
-            wanted[0] if single else wanted,
-            source,
-            out=options.out,
-            config=config,
-            hook_name=hook,
-            overwrite=options.overwrite,
-        )
-    rows = [_ended(sae, each) for sae, each in zip(made, wanted, strict=True)]
+        if any(each.cross_layer for each in wanted):
+            made = train_cross_layer(what, source, out=options.out, config=config, overwrite=options.overwrite)
+        else:
+            made = train(what, source, out=options.out, config=config, hook_name=hook, overwrite=options.overwrite)
+    rows = [_ended(made[i], each) for i, each in enumerate(wanted)]
     shared = {"out": str(options.out), "seconds": round(timer.seconds, 2)}
     return {**rows[0], **shared} if single else {**shared, "dictionaries": rows}
 
@@ -157,7 +155,7 @@ def show(result: dict[str, Any]) -> str:
     return "\n\n".join(lines(each) for each in [*result["dictionaries"], {"out": result["out"]}])
 
 
-def _ended(sae: "Dictionary", config: "DictionaryConfig") -> dict[str, Any]:
+def _ended(sae: "Dictionary | CrossLayerTranscoder", config: "DictionaryConfig") -> dict[str, Any]:
     rows = (sae.path / "training.jsonl").read_text(encoding="utf-8").splitlines()
     last = json.loads(rows[-1])
     return {
@@ -172,6 +170,7 @@ def _ended(sae: "Dictionary", config: "DictionaryConfig") -> dict[str, Any]:
         "training_fvu": last["fvu"],
         "training_l0": last["l0"],
         "dead": last["dead"],
+        **({"training_fvu_by_layer": last["fvu_by_layer"]} if "fvu_by_layer" in last else {}),
     }
 
 

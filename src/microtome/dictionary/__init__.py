@@ -1,6 +1,8 @@
-"""Floor 4: dictionaries. `train` makes them, `load_dictionary` opens one, `evaluate` measures one."""
+"""Floor 4: dictionaries. `train` makes them, `load_dictionary` opens one, `evaluate` measures one, `compare` several."""
 
+from microtome.dictionary.absorption import Absorption, absorption
 from microtome.dictionary.codes import SparseCodes
+from microtome.dictionary.comparison import Comparison, compare
 from microtome.dictionary.config import (
     BatchTopKConfig,
     DictionaryConfig,
@@ -14,7 +16,9 @@ from microtome.dictionary.config import (
 )
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary, Origin
-from microtome.dictionary.evaluate import EvaluateConfig, Evaluation, evaluate
+from microtome.dictionary.disentanglement import Disentanglement, disentanglement
+from microtome.dictionary.entities import Entities, cities, read_entities
+from microtome.dictionary.evaluate import EvaluateConfig, Evaluation, evaluate, evaluate_all
 from microtome.dictionary.formats import (
     load_cross_layer_transcoder,
     load_dictionaries,
@@ -22,30 +26,65 @@ from microtome.dictionary.formats import (
     read_dictionary,
     save_dictionary,
 )
-from microtome.dictionary.trainer import TrainConfig, train
+from microtome.dictionary.geometry import Geometry, geometry
+from microtome.dictionary.labelled import EncodedTexts, LabelledTexts, encode_texts, read_labelled
+from microtome.dictionary.letters import FirstLetters, first_letters
+from microtome.dictionary.probe_tasks import built_in_tasks
+from microtome.dictionary.probing import Probing, probing
+from microtome.dictionary.similarity import Similarity, similarity
+from microtome.dictionary.surface import SparseDictionary
+from microtome.dictionary.targeted import scr, tpp
+from microtome.dictionary.trainer import TrainConfig, train, train_cross_layer
 
 __all__ = [
+    "Absorption",
     "BatchTopKConfig",
+    "Comparison",
     "CrossLayerTranscoder",
     "Dictionary",
     "DictionaryConfig",
+    "Disentanglement",
+    "EncodedTexts",
+    "Entities",
     "EvaluateConfig",
     "Evaluation",
+    "FirstLetters",
     "GatedConfig",
+    "Geometry",
     "JumpReLUConfig",
+    "LabelledTexts",
     "MatryoshkaConfig",
     "Origin",
     "PAnnealConfig",
+    "Probing",
     "ReLUConfig",
+    "Similarity",
     "SparseCodes",
+    "SparseDictionary",
     "TopKConfig",
     "TrainConfig",
+    "absorption",
+    "built_in_tasks",
+    "cities",
+    "compare",
+    "disentanglement",
+    "encode_texts",
     "evaluate",
+    "evaluate_all",
+    "first_letters",
+    "geometry",
     "load_cross_layer_transcoder",
     "load_dictionaries",
     "load_dictionary",
     "parse_config",
+    "probing",
     "read_dictionary",
+    "read_entities",
+    "read_labelled",
     "save_dictionary",
+    "scr",
+    "similarity",
+    "tpp",
     "train",
+    "train_cross_layer",
 ]

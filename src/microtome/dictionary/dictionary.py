@@ -29,7 +29,7 @@ _EPSILON = 1e-5
 @dataclass(frozen=True, kw_only=True)
 class Origin:
     """Where a dictionary belongs: the model, the hook points that it reads and (`outputs`, if others) writes, and the
-    text."""
+    text. `widths` are the sizes of the outputs, which a dictionary of several points of unequal sizes needs."""
 
     model_name: str
     inputs: tuple[str, ...]
@@ -37,11 +37,17 @@ class Origin:
     context: int | None = None
     prepend_bos: bool = True
     dataset: str | None = None
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require(len(self.inputs) > 0, "A dictionary reads at least one hook point", got=self.inputs)
         if not self.outputs:
             object.__setattr__(self, "outputs", self.inputs)
+        require(
+            len(self.widths) in (0, len(self.outputs)),
+            "There is a width for each output",
+            got=f"{len(self.widths)} widths, {len(self.outputs)} outputs",
+        )
 
     @classmethod
     def at(cls, model_name: str, hook_name: str, *, context: int | None = None, dataset: str | None = None) -> "Origin":
@@ -81,6 +87,9 @@ class Dictionary(nn.Module):
         require(not center or d_in == d_out, "Only an autoencoder can take b_dec from its input", got=(d_in, d_out))
         require(input_norm in get_args(InputNorm), "Unknown input_norm", got=input_norm, expected=get_args(InputNorm))
         k = activation.k if isinstance(activation, TopK) else 1
+        require(
+            not origin.widths or sum(origin.widths) == d_out, "The widths add up to d_out", got=(origin.widths, d_out)
+        )
         require(k <= d_sae, "k must be at most d_sae", got=f"k {k}, d_sae {d_sae}")
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out
         self.activation, self.center, self.input_norm = activation, center, input_norm
@@ -128,6 +137,27 @@ class Dictionary(nn.Module):
                 "This needs a dictionary of one hook point", got=f"a crosscoder of {', '.join(self.origin.inputs)}"
             )
         return self.origin.inputs[0]
+
+    @property
+    def output_widths(self) -> tuple[int, ...]:
+        """The sizes of the points that it writes: equal ones, unless its origin says others.
+
+        Raises ConfigError where they cannot be equal.
+        """
+        if self.origin.widths:
+            return self.origin.widths
+        points = len(self.origin.outputs)
+        if self.d_out % points:
+            raise ConfigError(
+                "The widths of this dictionary's points are not known",
+                got=f"d_out {self.d_out} for {points} points",
+                fix="Give them to its Origin: widths=(…)",
+            )
+        return (self.d_out // points,) * points
+
+    def point_norms(self) -> Float[Tensor, "d_sae points"]:
+        """The norm of each latent's decoder row at each point."""
+        return torch.stack([piece.norm(dim=1) for piece in self.W_dec.split(self.output_widths, dim=1)], 1)
 
     @property
     def fingerprint(self) -> str:
@@ -199,8 +229,11 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def fold_decoder_norms(self) -> None:
-        """Give every decoder row unit norm; its codes grow by what it had. Rows of zeros stay."""
-        norms = self.W_dec.norm(dim=1)
+        """Give every decoder row unit norm; its codes grow by what it had. Rows of zeros stay.
+
+        The norm of a crosscoder's row is the sum of those at its points (Lindsey et al. 2024).
+        """
+        norms = self.point_norms().sum(1)
         norms = torch.where(norms > 0, norms, torch.ones_like(norms))
         self.W_dec.div_(norms[:, None])
         self.encoder.mul_(norms[:, None])

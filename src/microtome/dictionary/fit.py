@@ -3,23 +3,27 @@
 import torch
 
 from microtome.common.errors import ConfigError
-from microtome.dictionary.dictionary import Dictionary
+from microtome.dictionary.surface import SparseDictionary, points
 from microtome.model import HookedModel
 
 
-def check_fit(model: HookedModel, sae: Dictionary) -> None:
-    """Raise ConfigError when the dictionary was trained on another model or has another width than its hook point there,
-    ModelError when the model has no such hook point. Runs the model on two tokens, up to that point."""
-    if sae.model_name not in ("unknown", model.name):
+def check_fit(model: HookedModel, sae: SparseDictionary) -> None:
+    """Raise ConfigError when the dictionary was trained on another model or has another width than its hook points there,
+    ModelError when the model has no such hook point. Runs the model on two tokens, up to the deepest of them."""
+    if sae.origin.model_name not in ("unknown", model.name):
         raise ConfigError(
             "The dictionary was trained on another model",
             got=f"model {model.name}",
-            expected=sae.model_name,
-            fix=f"Load {sae.model_name}, or a dictionary of {model.name}",
+            expected=sae.origin.model_name,
+            fix=f"Load {sae.origin.model_name}, or a dictionary of {model.name}",
         )
-    probe = model.activations(torch.zeros(1, 2, dtype=torch.long), sae.hook_name)
-    width = probe[sae.hook_name][0, 0].numel()
-    if width != sae.d_in:
-        raise ConfigError(
-            f"The dictionary does not fit {sae.hook_name}", got=f"d_in {sae.d_in}", expected=f"{width}, the width there"
-        )
+    probe = model.activations(torch.zeros(1, 2, dtype=torch.long), points([sae]))
+    sides = (("d_in", sae.d_in, sae.origin.inputs), ("d_out", sae.d_out, sae.origin.outputs))
+    for name, size, places in sides:
+        width = sum(probe[place][0, 0].numel() for place in places)
+        if width != size:
+            raise ConfigError(
+                f"The dictionary does not fit {', '.join(places)}",
+                got=f"{name} {size}",
+                expected=f"{width}, the width there",
+            )

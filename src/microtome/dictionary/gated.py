@@ -8,7 +8,7 @@ constant. The dictionary's b_enc is b_gate.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from microtome.dictionary import activation as used
@@ -38,6 +38,11 @@ class GatedRule(ReLURule):
 
     def activation(self, member: int, norms: Float[Tensor, " F"]) -> used.Activation:
         return used.Gated(self.r_mag[member].detach().clone(), self.b_mag[member].detach().clone())
+
+    @torch.no_grad()
+    def begin_again(self, member: int, latents: Int[Tensor, " c"], share: float) -> None:
+        self.r_mag[member, latents] = 0.0
+        self.b_mag[member, latents] = 0.0
 
     @torch.no_grad()
     def begin_with(self, member: int, activation: used.Activation, norms: Float[Tensor, " F"]) -> None:

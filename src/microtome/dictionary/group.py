@@ -1,11 +1,11 @@
 """`Group`: the dictionaries of a training that are one stack, with their optimiser, counters and columns.
 
-The rows of a stream hold the activations of all its hook points, one point behind the other. A group knows which
-columns are its inputs and outputs (`Sites`), and how its members differ.
+The rows of a stream hold the activations of all its hook points, one point behind the other. A group's `Layout` knows
+which columns its members read and predict.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,38 +13,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from microtome.common.device import derive_seed, generator
-from microtome.common.errors import ConfigError, InputError, unknown_name
+from microtome.common.errors import InputError
 from microtome.dictionary.architectures import make_rule
 from microtome.dictionary.config import DictionaryConfig, PenaltyConfig
-from microtome.dictionary.dictionary import Dictionary, Origin
+from microtome.dictionary.cross_layer import CrossLayerTranscoder
+from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.formats import load_dictionary
+from microtome.dictionary.layout import Layered, Layout, Separate, Sites, take
 from microtome.dictionary.resampling import resample
 from microtome.dictionary.stack import DataStatistics, Stack, StepReport
 from microtome.dictionary.statistics import geometric_median
 
 _LOOK_AT_DEAD_EVERY = 10  # steps, where a look means waiting for the device
-
-
-@dataclass(frozen=True)
-class Sites:
-    """Where the hook points of a source are in its rows."""
-
-    names: tuple[str, ...]
-    widths: tuple[int, ...]
-
-    def columns(self, wanted: Sequence[str]) -> list[slice]:
-        """The columns of each point. Raises ConfigError for one that the source does not have."""
-        starts = {name: sum(self.widths[:i]) for i, name in enumerate(self.names)}
-        for name in wanted:
-            if name not in starts:
-                raise unknown_name("hook point of the source", name, self.names, ConfigError)
-        return [slice(starts[name], starts[name] + self.widths[self.names.index(name)]) for name in wanted]
-
-
-def take(rows: Float[Tensor, "*n d"], columns: Sequence[slice]) -> Float[Tensor, "*n part"]:
-    """These columns of the rows, one behind the other."""
-    pieces = [rows[..., each] for each in columns]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
 
 def alike(config: DictionaryConfig) -> DictionaryConfig:
@@ -54,45 +34,53 @@ def alike(config: DictionaryConfig) -> DictionaryConfig:
 
 
 class Group:
-    """A stack in training. `numbers` are its members' places in the list of all dictionaries."""
+    """A stack in training. `numbers` are its dictionaries' places in the list of all: its members', or the one of the
+    cross-layer transcoder whose layers its members are."""
 
     def __init__(
         self, configs: Sequence[DictionaryConfig], numbers: Sequence[int], sites: Sites, *, device: torch.device
     ) -> None:
-        self.configs, self.numbers, self.config = list(configs), list(numbers), configs[0]
-        self.inputs = self.config.inputs or sites.names
-        self.outputs = self.config.outputs or self.inputs
-        self.x_columns, self.y_columns = sites.columns(self.inputs), sites.columns(self.outputs)
-        d_in, d_out = (sum(c.stop - c.start for c in columns) for columns in (self.x_columns, self.y_columns))
-        self.stack = Stack(self.configs, make_rule(self.configs), d_in, d_out).to(device)
+        self.configs = [c if c.inputs else replace(c, inputs=sites.names) for c in configs]
+        self.numbers, self.config = list(numbers), self.configs[0]
+        self.layout: Layout = (
+            Layered(self.config, sites) if self.config.cross_layer else Separate(self.config, len(configs), sites)
+        )
+        of_members = self.layout.configs(self.configs)
+        decoder = self.layout.decoder(self.config.d_sae)
+        self.stack = Stack(of_members, make_rule(of_members), self.layout.d_in, self.layout.d_out, decoder).to(device)
         self.optimiser = torch.optim.Adam(
             self.stack.parameters(), lr=1.0, betas=(self.config.betas[0], self.config.betas[1]), fused=True
         )
-        self.variance = 1.0
-        self.silent = torch.zeros(len(configs), self.config.d_sae, dtype=torch.int64, device=device)
+        self.variance = torch.ones(len(of_members), device=device)
+        self.silent = torch.zeros(len(of_members), self.config.d_sae, dtype=torch.int64, device=device)
         self._any_dead, self._looked = False, 0
 
     # ---- begin --------------------------------------------------------------------------------------------------------
 
     def begin(self, rows: Float[Tensor, "row d"], scales: Float[Tensor, " d"], seed: int) -> None:
-        """Make the members from the first rows (scaled by `scales`). Raises InputError where all rows are equal."""
-        x, y = take(rows, self.x_columns), take(rows, self.y_columns)
-        center = y.mean(0) if self.config.b_dec_start == "mean" else geometric_median(y)
-        spread = float((y - center).square().sum(1).median())
-        if spread == 0.0:
-            raise InputError(
-                "The activations are all equal: there is nothing to learn",
-                got=f"{len(rows)} equal rows at {', '.join(self.outputs)}",
-            )
-        self.variance = spread
-        x_center = center if self.inputs == self.outputs else geometric_median(x)
-        members = len(self.configs)
-        data = DataStatistics(x_center.expand(members, -1), center.expand(members, -1), spread)
-        self.stack.initialise(data, [seed if c.seed is None else c.seed for c in self.configs])
+        """Make the members from the first rows (scaled by `scales`). Raises InputError where all rows of an output are
+        equal."""
+        for name, columns in zip(self.layout.outputs, self.layout.y_columns, strict=True):
+            if bool((rows[:, columns] == rows[:1, columns]).all()):
+                raise InputError(
+                    "The activations are all equal: there is nothing to learn", got=f"{len(rows)} equal rows at {name}"
+                )
+        x, y = self.layout.x(rows), self.layout.y(rows)
+        find = _mean if self.config.b_dec_start == "mean" else geometric_median
+        centers = torch.stack([find(each) for each in y])
+        reads_other = self.config.is_transcoder
+        x_centers = torch.stack([geometric_median(each) for each in x]) if reads_other else centers
+        spread = (y - centers[:, None]).square().sum(2).median(1).values
+        members = len(self.stack)
+        self.variance = spread.expand(members).clone()
+        data = DataStatistics(x_centers.expand(members, -1), centers.expand(members, -1), self.variance)
+        self.stack.initialise(data, self.layout.seeds([seed if c.seed is None else c.seed for c in self.configs]))
         for member, config in enumerate(self.configs):
             if config.fine_tune is not None:
+                assert isinstance(self.layout, Separate)
                 start = load_dictionary(config.fine_tune, device=str(rows.device))
-                self.stack.begin_with(member, start, take(scales, self.x_columns), take(scales, self.y_columns))
+                in_scales, out_scales = (take(scales, c) for c in (self.layout.x_columns, self.layout.y_columns))
+                self.stack.begin_with(member, start, in_scales, out_scales)
 
     # ---- a step -------------------------------------------------------------------------------------------------------
 
@@ -100,9 +88,13 @@ class Group:
         self, rows: Float[Tensor, "n d"], *, lr: float, fraction: float, select_dtype: torch.dtype
     ) -> StepReport:
         """One update of all members on scaled rows."""
-        x, y = take(rows, self.x_columns)[None], take(rows, self.y_columns)[None]
         report = self.stack.step(
-            x, y, variance=self.variance, fraction=fraction, dead=self._dead_if_any(), select_dtype=select_dtype
+            self.layout.x(rows),
+            self.layout.y(rows),
+            variance=self.variance,
+            fraction=fraction,
+            dead=self._dead_if_any(),
+            select_dtype=select_dtype,
         )
         self.stack.before_update()
         self.optimiser.param_groups[0]["lr"] = lr
@@ -125,11 +117,17 @@ class Group:
 
     def resample(self, rows: Float[Tensor, "n d"], *, step: int, seed: int) -> None:
         """Give dead latents new weights, drawn from these scaled rows."""
-        x, y = take(rows, self.x_columns), take(rows, self.y_columns)
+        x, y = self.layout.x(rows), self.layout.y(rows)
+        residual = self.stack.residual(x, y)
         for member, dead in enumerate(self.dead):
-            draw = generator(derive_seed(seed, "resample", step, self.numbers[member]), "inputs")
-            resample(self.stack, self.optimiser, member, dead, x, y, generator=draw)
+            draw = generator(derive_seed(seed, "resample", step, self.numbers[0], member), "inputs")
+            resample(self.stack, self.optimiser, member, dead, x, y, generator=draw, residual=residual)
             self.silent[member][dead] = 0
+
+    def figures(self, report: StepReport) -> list[dict[str, Any]]:
+        """The figures of each dictionary after a step."""
+        by_member = {"loss": report.loss, "fvu": report.fvu, "aux": report.aux, "l0": report.l0}
+        return self.layout.figures({**by_member, "dead": self.dead.sum(1)})
 
     def resamples_at(self, step: int, n_steps: int) -> bool:
         """Whether dead latents get new weights after this many steps."""
@@ -147,18 +145,23 @@ class Group:
         tensors = {f"stack.{name}": value for name, value in self.stack.state_dict().items()}
         for name, p in self.stack.named_parameters():
             tensors |= {f"adam.{name}.{key}": value for key, value in self.optimiser.state[p].items()}
-        return {**tensors, "silent": self.silent, "variance": torch.tensor(self.variance, dtype=torch.float64)}
+        return {**tensors, "silent": self.silent, "variance": self.variance}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         prefix = "stack."
         self.stack.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        self.silent, self.variance = tensors["silent"].to(self.silent.device), float(tensors["variance"])
+        self.silent, self.variance = (tensors[name].to(self.silent.device) for name in ("silent", "variance"))
         for name, p in self.stack.named_parameters():
             keys = [key for key in tensors if key.startswith(f"adam.{name}.")]
             self.optimiser.state[p] = {key.rpartition(".")[2]: tensors[key].to(p.device) for key in keys}
 
-    def export(self, member: int, scales: Float[Tensor, " d"], origin: dict[str, Any]) -> Dictionary:
-        """A member as a dictionary of the model's own activations."""
-        where = Origin(inputs=self.inputs, outputs=self.outputs, **origin)
-        return self.stack.export(member, where, take(scales, self.x_columns), take(scales, self.y_columns))
+    def export(
+        self, which: int, scales: Float[Tensor, " d"], origin: dict[str, Any]
+    ) -> Dictionary | CrossLayerTranscoder:
+        """One of its dictionaries, on the model's own activations."""
+        return self.layout.export(self.stack, which, origin, scales)
+
+
+def _mean(rows: Float[Tensor, "row d"]) -> Float[Tensor, " d"]:
+    return rows.mean(0)

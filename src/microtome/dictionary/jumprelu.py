@@ -11,7 +11,7 @@ is a sum over whole columns, less the kept ones.
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from microtome.dictionary import activation as used
@@ -65,6 +65,10 @@ class JumpReLURule(ReLURule):
 
     def activation(self, member: int, norms: Float[Tensor, " F"]) -> used.Activation:
         return used.JumpReLU(self.threshold[member].detach().clone())
+
+    @torch.no_grad()
+    def begin_again(self, member: int, latents: Int[Tensor, " c"], share: float) -> None:
+        self.threshold[member, latents] = self.config.start_threshold * share
 
     @torch.no_grad()
     def begin_with(self, member: int, activation: used.Activation, norms: Float[Tensor, " F"]) -> None:

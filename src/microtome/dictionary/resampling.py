@@ -7,6 +7,8 @@ from torch.nn import functional
 
 from microtome.dictionary.stack import Stack
 
+_SHARE = 0.2  # of the live encoder rows' mean length
+
 
 @torch.no_grad()
 def resample(
@@ -14,41 +16,47 @@ def resample(
     optimiser: torch.optim.Optimizer,
     member: int,
     dead: Bool[Tensor, " F"],
-    x: Float[Tensor, "n d_in"],
-    y: Float[Tensor, "n d_out"],
+    x: Float[Tensor, "*s n d_in"],
+    y: Float[Tensor, "*s n d_out"],
     *,
     generator: torch.Generator,
+    residual: Float[Tensor, "S n d_out"] | None = None,
 ) -> None:
     """Give a member's dead latents new weights (Bricken et al. 2023, "Neuron resampling"): for each an input is drawn
     with a chance in proportion to its squared loss; the decoder row becomes that input's direction (seen from b_dec) at
     the mean length of live rows, the encoder row the same at 0.2 times their mean length, the bias zero, and Adam
-    forgets what it knew of them. `x` and `y` are scaled activations."""
+    forgets what it knew of them. `x` and `y` are scaled activations, of all members or each its own; `residual` is the
+    stack's on them, where it is known already."""
     which = dead.nonzero().squeeze(1)
     if len(which) == 0:
         return
+    x, y = (rows[None] if rows.ndim == 2 else rows for rows in (x, y))
+    residual = stack.residual(x, y) if residual is None else residual
+    mine, decoder = x[member % len(x)], stack.decoder.rows(member)
     if len(which) == stack.d_sae:
         alive_encoder, alive_decoder = x.new_ones(()), x.new_ones(())
     else:
         alive_encoder = stack.encoder[member][~dead].norm(dim=1).mean()
-        alive_decoder = stack.W_dec[member][~dead].norm(dim=1).mean()
-    losses = (y - stack.reconstruct(member, x)).square().sum(1)
-    chances = losses.square().double().cpu()
+        alive_decoder = decoder[~dead].norm(dim=1).mean()
+    chances = stack.decoder.span(residual, member).square().sum(1).square().double().cpu()
     if not bool(chances.sum() > 0):
         return
     drawn = torch.multinomial(chances, len(which), replacement=len(which) > len(chances), generator=generator)
     drawn = drawn.to(x.device)
-    stack.W_dec[member, which] = functional.normalize(y[drawn] - stack.b_dec[member], dim=1) * alive_decoder
+    written = stack.decoder.span(y - stack.b_dec[:, None], member)[drawn]
+    decoder[which] = functional.normalize(written, dim=1) * alive_decoder
     if not stack.config.tied:
-        x_center = stack.b_dec[member] if stack.config.centered else x.mean(0)
-        stack.encoder[member, which] = functional.normalize(x[drawn] - x_center, dim=1) * (0.2 * alive_encoder)
+        x_center = stack.b_dec[member] if stack.config.centered else mine.mean(0)
+        stack.encoder[member, which] = functional.normalize(mine[drawn] - x_center, dim=1) * (_SHARE * alive_encoder)
     stack.b_enc[member, which] = 0.0
+    stack.rule.begin_again(member, which, _SHARE)
     _forget(stack, optimiser, member, which)
 
 
 def _forget(stack: Stack, optimiser: torch.optim.Optimizer, member: int, which: Int[Tensor, " c"]) -> None:
-    for p in stack.parameters():
-        if p.ndim < 2 or p.shape[1] != stack.d_sae:
-            continue
+    own: list[tuple[Tensor, tuple[int, ...]]] = [(p, (member,)) for p in stack.latent_parameters()]
+    own.append(stack.decoder.place(member))
+    for p, index in own:
         for value in optimiser.state.get(p, {}).values():
             if isinstance(value, Tensor) and value.shape == p.shape:
-                value[member, which] = 0.0
+                (value[index] if index else value)[which] = 0.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from microtome.dictionary.activation import Activation, JumpReLU, ReLU, TopK
@@ -82,6 +82,10 @@ class Rule(nn.Module, ABC, Generic[C]):
     @abstractmethod
     def activation(self, member: int, norms: Float[Tensor, " F"]) -> Activation:
         """The activation with which a member is used after training, given the norms of its decoder rows."""
+
+    def begin_again(self, member: int, latents: Int[Tensor, " c"], share: float) -> None:
+        """Put what the rule has for these latents back to its start: they get new encoder rows, `share` times as long as
+        those of others."""
 
     def begin_with(self, member: int, activation: Activation, norms: Float[Tensor, " F"]) -> None:
         """Take over what a dictionary's activation holds, for a training that begins with it."""

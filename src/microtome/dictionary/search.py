@@ -1,17 +1,20 @@
 """The coefficient λ that gives a wanted L0.
 
-How λ becomes L0 depends on the activations, the width and the length of the training, so it has to be tried. Several
-dictionaries that differ in λ alone are trained shortly on one stream, with the whole schedule of the long training
-(warm-up, decay, annealing) in fewer steps; log L0 is interpolated against log λ, and a second round looks closer.
+How λ becomes L0 depends on the activations, the width and the length of the training, so it has to be tried:
+
+1. Several dictionaries that differ in λ alone are trained on one stream, with the whole schedule of the long training
+   (warm-up, decay, annealing) in few steps. log L0 is interpolated against log λ.
+2. A few near the λ found are trained for as many steps, and for twice as many. What the doubling did to log L0 is taken
+   on to the length of the long training, and interpolated once more.
 """
 
 import itertools
 import math
+import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -21,33 +24,32 @@ from microtome.common.errors import ConfigError, InputError
 from microtome.dictionary.config import DictionaryConfig, JumpReLUConfig, PenaltyConfig
 from microtome.dictionary.trainer import TrainConfig, Trainer
 
-P = TypeVar("P", bound=DictionaryConfig)
 _MEASURED_BATCHES = 4
-_FEWEST_STEPS = 500  # a penalty needs hundreds of steps to silence latents, however short the training is
+_FEWEST_STEPS = 200
+_MOST_CARRIED = 4.0
 _LEAST = 1e-3  # L0 below this counts as this
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How to search: `share` of the long training's tokens for each dictionary that is tried (but 500 steps at least),
-    in the first round the config's own coefficient times `factors`. While the target lies outside of what these give,
-    they are moved along, `rounds` times at most; then `closer` dictionaries are tried between the two nearest."""
+    """How to search. The first dictionaries have the config's own coefficient times `factors`, and half of `share` of the
+    long training's tokens (200 steps at least). Then `closer` dictionaries, each `closer_factor` from the next, are
+    trained for as many tokens and for twice as many. While the target lies outside of what they give, both are done
+    again further on, `rounds` times in all."""
 
     share: float = 0.25
     factors: tuple[float, ...] = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
-    rounds: int = 3
+    rounds: int = 2
     closer: int = 3
+    closer_factor: float = 2.0
 
     def __post_init__(self) -> None:
         require(0 < self.share <= 1, "share must be in (0, 1]", got=self.share)
-        rising = all(a < b for a, b in itertools.pairwise(self.factors))
-        require(
-            len(self.factors) > 1 and self.factors[0] > 0 and rising,
-            "factors must be positive and rise",
-            got=self.factors,
-        )
+        rising = self.factors[0] > 0 and all(a < b for a, b in itertools.pairwise(self.factors))
+        require(len(self.factors) > 1 and rising, "factors must be positive and rise", got=self.factors)
         require(self.rounds > 0, "rounds must be positive", got=self.rounds)
-        require(self.closer >= 0, "closer must not be negative", got=self.closer)
+        require(self.closer > 1, "closer must be 2 or more", got=self.closer)
+        require(self.closer_factor > 1, "closer_factor must be above 1", got=self.closer_factor)
 
 
 @dataclass(frozen=True)
@@ -59,38 +61,66 @@ class Trial:
 
 
 def search_coefficient(
-    dictionary: P,
+    dictionary: DictionaryConfig,
     source: ActivationSource,
     target_l0: float,
     *,
     config: TrainConfig | None = None,
     search: SearchConfig | None = None,
-) -> P:
+) -> PenaltyConfig:
     """`dictionary` with the coefficient with which the training `config` should end at `target_l0` latents per row.
 
     Raises ConfigError for an architecture whose L0 is set otherwise or a target that cannot be, InputError where no
     coefficient that was tried comes to the target; it says which L0 were found.
     """
     config, search = config or TrainConfig(), search or SearchConfig()
-    _check(dictionary, target_l0)
-    assert isinstance(dictionary, PenaltyConfig)
-    center = dictionary.coefficient or _usual(dictionary)
+    penalised = _checked(dictionary, target_l0)
+
+    def tried(wanted: Sequence[float], n_tokens: int) -> list[Trial]:
+        return try_coefficients(penalised, source, wanted, config=config, n_tokens=n_tokens)
+
+    short = _tokens(config, search.share / 2)
+    center = _rough(penalised, target_l0, search, lambda wanted: tried(wanted, short))
     trials: list[Trial] = []
     for _ in range(search.rounds):
-        wanted = [center * factor for factor in search.factors]
-        trials = _sorted([*trials, *try_coefficients(dictionary, source, wanted, config=config, share=search.share)])
+        exponents = [i - (search.closer - 1) / 2 for i in range(search.closer)]
+        wanted = [center * search.closer_factor**each for each in exponents]
+        trials = _sorted([*trials, *_closer(wanted, short, config.n_tokens, tried)])
+        center = interpolate(trials, target_l0)
         if bracket(trials, target_l0) is not None:
             break
-        reach = search.factors[-1] / search.factors[0] * (search.factors[1] / search.factors[0])
+    return replace(penalised, coefficient=center)
+
+
+def _rough(
+    dictionary: PenaltyConfig, target_l0: float, search: SearchConfig, tried: Callable[[Sequence[float]], list[Trial]]
+) -> float:
+    """The coefficient that short trainings give."""
+    center = dictionary.coefficient or _usual(dictionary)
+    reach = search.factors[-1] / search.factors[0] * (search.factors[1] / search.factors[0])
+    trials: list[Trial] = []
+    for _ in range(search.rounds):
+        trials = _sorted([*trials, *tried([center * factor for factor in search.factors])])
+        if bracket(trials, target_l0) is not None:
+            return interpolate(trials, target_l0)
         center *= reach if trials[-1].l0 > target_l0 else 1 / reach
-    ends = bracket(trials, target_l0)
-    if ends is None:
-        raise _out_of_reach(trials, target_l0)
-    if search.closer:
-        steps = [(i + 1) / (search.closer + 1) for i in range(search.closer)]
-        wanted = [_between(ends[0].coefficient, ends[1].coefficient, step) for step in steps]
-        trials = _sorted([*trials, *try_coefficients(dictionary, source, wanted, config=config, share=search.share)])
-    return replace(dictionary, coefficient=interpolate(trials, target_l0))
+    raise _out_of_reach(trials, target_l0)
+
+
+def _closer(
+    wanted: Sequence[float], short: int, whole: int, tried: Callable[[Sequence[float], int], list[Trial]]
+) -> list[Trial]:
+    """What these coefficients give at the end of the whole training, from trainings of `short` tokens and twice that."""
+    long = min(2 * short, whole)
+    after = tried(wanted, long)
+    if not short < long < whole:
+        return after
+    times = math.log(whole / long) / math.log(long / short)
+    return [carried_on(a, b, times) for a, b in zip(tried(wanted, short), after, strict=True)]
+
+
+def _sorted(trials: Sequence[Trial]) -> list[Trial]:
+    return sorted(trials, key=lambda trial: trial.coefficient)
 
 
 def try_coefficients(
@@ -99,11 +129,11 @@ def try_coefficients(
     coefficients: Sequence[float],
     *,
     config: TrainConfig,
-    share: float = 1.0,
+    n_tokens: int | None = None,
 ) -> list[Trial]:
-    """Train a dictionary with each coefficient on one stream, for `share` of the tokens; the L0 of each in use, on the
-    batches that come next."""
-    n_tokens = max(int(config.n_tokens * share), min(config.n_tokens, _FEWEST_STEPS * config.batch_size))
+    """Train a dictionary with each coefficient on one stream, with the schedule of `config` in `n_tokens`; the L0 of each
+    in use, on the batches that come next."""
+    n_tokens = n_tokens or config.n_tokens
     warmup = round(config.warmup_steps * n_tokens / config.n_tokens)
     short = replace(config, n_tokens=n_tokens, warmup_steps=warmup, log_to=())
     configs = [replace(dictionary, coefficient=each) for each in coefficients]
@@ -115,7 +145,7 @@ def try_coefficients(
         rows = torch.cat([next(batches) for _ in range(_MEASURED_BATCHES)]).to(trainer.device, torch.float32)
     found = [0.0] * len(configs)
     for group in trainer.groups:
-        x = torch.cat([rows[:, each] for each in group.x_columns], 1)
+        x = group.layout.x(rows).transpose(0, 1).flatten(1)
         for member, number in enumerate(group.numbers):
             sae = group.export(member, trainer.scales, {"model_name": source.model_name})
             found[number] = float(sae.encode(x).l0.double().mean())
@@ -130,20 +160,32 @@ def bracket(trials: Sequence[Trial], target_l0: float) -> tuple[Trial, Trial] | 
 
 
 def interpolate(trials: Sequence[Trial], target_l0: float) -> float:
-    """The coefficient of the target, on the line through its neighbours in log λ and log L0."""
+    """The coefficient of the target, on the line through its neighbours in log λ and log L0; where it lies outside of the
+    trials, on the line through all of them, but not further away than the trials are from each other."""
     ends = bracket(trials, target_l0)
-    assert ends is not None, "the target lies between two trials"
+    if ends is None:
+        return _beyond(trials, target_l0)
     high, low = (math.log(max(each.l0, _LEAST)) for each in ends)
-    share = 0.5 if high == low else (high - math.log(target_l0)) / (high - low)
-    return _between(ends[0].coefficient, ends[1].coefficient, min(1.0, share))
+    share = 0.5 if high == low else min(1.0, (high - math.log(target_l0)) / (high - low))
+    return float(ends[0].coefficient * (ends[1].coefficient / ends[0].coefficient) ** share)
 
 
-def _between(a: float, b: float, share: float) -> float:
-    return float(a * (b / a) ** share)
+def _beyond(trials: Sequence[Trial], target_l0: float) -> float:
+    x = [math.log(trial.coefficient) for trial in trials]
+    y = [math.log(max(trial.l0, _LEAST)) for trial in trials]
+    slope, intercept = statistics.linear_regression(x, y)
+    outside = (math.log(target_l0) - intercept) / min(slope, -1e-6)
+    return math.exp(min(max(outside, 2 * x[0] - x[-1]), 2 * x[-1] - x[0]))
 
 
-def _sorted(trials: Sequence[Trial]) -> list[Trial]:
-    return sorted(trials, key=lambda trial: trial.coefficient)
+def carried_on(before: Trial, after: Trial, times: float) -> Trial:
+    """The trial of a training that is longer by `times` such steps as lie between these two (in log L0)."""
+    ratio = max(after.l0, _LEAST) / max(before.l0, _LEAST)
+    return Trial(after.coefficient, after.l0 * min(max(ratio**times, 1 / _MOST_CARRIED), _MOST_CARRIED))
+
+
+def _tokens(config: TrainConfig, share: float) -> int:
+    return max(int(config.n_tokens * share), min(config.n_tokens, _FEWEST_STEPS * config.batch_size))
 
 
 def _usual(dictionary: PenaltyConfig) -> float:
@@ -153,7 +195,7 @@ def _usual(dictionary: PenaltyConfig) -> float:
     return default
 
 
-def _check(dictionary: DictionaryConfig, target_l0: float) -> None:
+def _checked(dictionary: DictionaryConfig, target_l0: float) -> PenaltyConfig:
     if not isinstance(dictionary, PenaltyConfig):
         raise ConfigError(
             f"The L0 of {dictionary.architecture} is not set by a coefficient", fix="Set k to the L0 that is wanted"
@@ -169,6 +211,7 @@ def _check(dictionary: DictionaryConfig, target_l0: float) -> None:
         got=target_l0,
         expected=dictionary.d_sae,
     )
+    return dictionary
 
 
 def _out_of_reach(trials: Sequence[Trial], target_l0: float) -> InputError:
@@ -177,7 +220,10 @@ def _out_of_reach(trials: Sequence[Trial], target_l0: float) -> InputError:
     if target_l0 > most:
         fix = "Choose a smaller L0, a wider dictionary, or a longer training"
     else:
-        fix = "Choose a larger L0; where λ no longer moves it, other settings do (a longer training, JumpReLU's bandwidth)"
+        fix = (
+            "Choose a larger L0. Where λ no longer moves it, a longer training does (or a larger share of it in the search), "
+            "or a larger learning rate; for JumpReLU also a larger bandwidth or start_threshold"
+        )
     return InputError(
         f"No coefficient gives an L0 of {target_l0:g}",
         got=found,

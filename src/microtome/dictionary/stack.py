@@ -4,8 +4,9 @@
     L   = [Σ w ‖y − ŷ‖² + penalty] / (n · variance)  +  α · Σ w ‖e − ê‖² / Σ w ‖e − ē‖²
 
 The members see the same rows (or, given `[S, n, d]`, each its own) and differ in seed and in numbers such as λ. What
-makes an architecture is in its `Rule`; what is done for dead latents in `revival.py`. The division by the data's
-`variance` changes no ratio: λ keeps the meaning that it has beside a summed squared error.
+makes an architecture is in its `Rule`; what latents write in a `Decoder`, through which members can also be the layers of
+one cross-layer transcoder; what is done for dead latents in `revival.py`. The division by the data's `variance` changes
+no ratio: λ keeps the meaning that it has beside a summed squared error.
 """
 
 import copy
@@ -19,6 +20,7 @@ from torch.nn import functional
 from microtome.common.device import generator
 from microtome.common.errors import ConfigError
 from microtome.dictionary.config import DictionaryConfig
+from microtome.dictionary.decoders import Decoder, OwnDecoder
 from microtome.dictionary.dictionary import Dictionary, Origin
 from microtome.dictionary.kept import Entries, Kept
 from microtome.dictionary.revival import DeadLatents
@@ -27,7 +29,7 @@ from microtome.dictionary.rules import Rule, Step
 # Of every member, or (s = 1) of all together.
 Inputs = Float[Tensor, "s n d_in"]
 Targets = Float[Tensor, "s n d_out"]
-_FREE_NORM = 0.1
+_FREE_NORM, _NEARLY_ZERO = 0.1, 0.01
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,31 @@ class StepReport:
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """What the first rows say of the data, in scaled units: a centre of x and of y, and the mean ‖y − ȳ‖²."""
+    """What the first rows say of the data, in scaled units: a centre of x and of y, and the mean ‖y − ȳ‖² (of each
+    member's rows, where they differ)."""
 
     x_center: Float[Tensor, "S d_in"]
     y_center: Float[Tensor, "S d_out"]
-    variance: float
+    variance: float | Float[Tensor, " S"]
 
 
 class Stack(nn.Module):
     """Weights `encoder` `[S, F, d_in]`, `W_dec` `[S, F, d_out]`, `b_enc` `[S, F]`, `b_dec` `[S, d_out]`, and where
-    there is a skip path `W_skip` `[S, d_in, d_out]`."""
+    there is a skip path `W_skip` `[S, d_in, d_out]`. Another `decoder` stands in the place of an `OwnDecoder`."""
 
-    def __init__(self, configs: list[DictionaryConfig], rule: Rule, d_in: int, d_out: int) -> None:  # type: ignore[type-arg]
+    def __init__(
+        self,
+        configs: list[DictionaryConfig],
+        rule: Rule,  # type: ignore[type-arg]
+        d_in: int,
+        d_out: int,
+        decoder: Decoder | None = None,
+    ) -> None:
         super().__init__()
         members, self.config = len(configs), configs[0]
         self.rule, d_sae = rule, self.config.d_sae
         self.d_in, self.d_out, self.d_sae = d_in, d_out, d_sae
-        self.W_dec = nn.Parameter(torch.zeros(members, d_sae, d_out))
+        self.decoder = OwnDecoder(members, d_sae, (d_out,)) if decoder is None else decoder
         self._encoder = None if self.config.tied else nn.Parameter(torch.zeros(members, d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(members, d_sae))
         self.b_dec = nn.Parameter(torch.zeros(members, d_out))
@@ -69,25 +79,33 @@ class Stack(nn.Module):
     def encoder(self) -> Float[Tensor, "S F d_in"]:
         return self.W_dec if self._encoder is None else self._encoder
 
+    @property
+    def W_dec(self) -> nn.Parameter:  # noqa: N802 - the field's name
+        """The decoder rows `[S, F, d_out]` of members that are dictionaries of their own."""
+        assert isinstance(self.decoder, OwnDecoder)
+        return self.decoder.W_dec
+
     def __len__(self) -> int:
-        return len(self.W_dec)
+        return len(self.b_enc)
 
     # ---- begin --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def initialise(self, data: DataStatistics, seeds: list[int]) -> None:
-        """Random decoder rows and the encoder their transpose; for a transcoder random encoder rows and a decoder of
-        zeros (Paulo et al. 2025, arXiv 2501.18823). Biases so that the mean input has pre-activations of zero."""
+        """Random decoder rows and the encoder their transpose; for a transcoder random encoder rows and, instead of a
+        decoder of zeros (Paulo et al. 2025, arXiv 2501.18823), one that is nearly that: where norms are free TopK selects
+        by them, and rows of zeros would all be alike. Biases so that the mean input has pre-activations of zero."""
         rows = torch.stack([torch.randn(self.d_sae, self.d_in, generator=generator(s, "decoder")) for s in seeds])
-        rows = functional.normalize(rows, dim=2).to(self.W_dec.device)
+        rows = functional.normalize(rows, dim=2).to(self.b_enc.device)
         if self.config.is_transcoder:
             self.encoder.copy_(rows)
-            if self.config.unit_norms:
-                other = [torch.randn(self.d_sae, self.d_out, generator=generator(s, "output")) for s in seeds]
-                self.W_dec.copy_(functional.normalize(torch.stack(other), dim=2))
+            self.decoder.draw(seeds, 1.0 if self.config.unit_norms else _NEARLY_ZERO)
         else:
-            self.W_dec.copy_(rows if self.config.unit_norms else rows * _FREE_NORM)
-            self.encoder.copy_(self.W_dec)
+            unit = self.config.unit_norms
+            self.W_dec.copy_(rows)
+            self.W_dec.mul_((1.0 if unit else _FREE_NORM) / self.decoder.norms()[..., None])
+            # With unit norms a code is, from the start, how far its input goes along its row.
+            self.encoder.copy_(self.W_dec / self.W_dec.square().sum(2, keepdim=True) if unit else self.W_dec)
         if self.config.b_dec_start != "zero":
             self.b_dec.copy_(data.y_center)
         if not self.config.centered:
@@ -100,39 +118,39 @@ class Stack(nn.Module):
         x: Inputs,
         y: Targets,
         *,
-        variance: float,
+        variance: float | Float[Tensor, " S"],
         fraction: float = 0.0,
         dead: Bool[Tensor, "S F"] | None = None,
         select_dtype: torch.dtype = torch.float32,
     ) -> StepReport:
         """Put the gradients of the loss into `.grad`. `x` and `y` are `[1, n, d]` for rows that all members share,
-        `variance` is the data's mean ‖y − ȳ‖², `dead` marks dead latents, `fraction` is the share of the run behind.
+        `variance` is the data's mean ‖y − ȳ‖² (one number, or each member's), `dead` marks dead latents, `fraction` is
+        the share of the run behind.
 
         Latents are selected with a product in `select_dtype`; the values of those kept are exact.
         """
         self.zero_grad()
+        spreads = torch.as_tensor(variance, dtype=torch.float32, device=y.device).expand(len(self))
         b_dec = self.b_dec if self.config.centered else None
         pre = self.pre_activations(x, select_dtype)
-        weights = self._row_weights(y, variance)
+        weights = self._row_weights(y, spreads)
         step = Step(fraction, weights, self._norms(), self.b_enc, lambda: self._column_sums(x))
         kept = self.rule.keep(pre, step)
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
         f = self.rule.values(kept_pre, kept, step)
         squared, residual = self._errors(x, y, f, kept, weights)
-        unit = 1.0 / (y.shape[1] * variance)
+        unit = 1.0 / (y.shape[1] * spreads.mean())
         loss = (squared + self.rule.penalty(kept_pre, f, kept, step)) * unit
         frozen = self.rule.frozen_codes(kept_pre, kept, step)
         if frozen is not None:
             loss = loss + self._frozen_error(y, frozen, kept, weights) * unit
         aux = loss.new_zeros(len(self))
         if dead is not None and self.config.revival in ("aux", "ghost"):
-            aux = torch.stack(
-                [self._revival(s, x, -residual[s], weights[s], pre[s], dead[s]) for s in range(len(self))]
-            )
+            aux = torch.stack([self._revival(s, x, -residual, weights, pre[s], dead[s]) for s in range(len(self))])
         (loss + aux).sum().backward()
         self.rule.observe(f.detach(), kept, step)
         counts = kept.firings(f.detach())
-        fvu = (weights[..., None] * residual.square()).sum((1, 2)) * unit
+        fvu = (weights[..., None] * residual.square()).sum((1, 2)) / (y.shape[1] * spreads)
         return StepReport((loss + aux).detach(), fvu, aux.detach(), counts.sum(1) / y.shape[1], counts > 0)
 
     @torch.no_grad()
@@ -148,56 +166,60 @@ class Stack(nn.Module):
         out = self.b_dec[:, None] if self.W_skip is None else self.b_dec[:, None] + x @ self.W_skip
         errors, residual = [], y
         for values, part in self.rule.parts(f, kept):
-            out = out + part.decode(values, self.W_dec)
+            out = out + self.decoder.decode(values, part)
             residual = out - y
             errors.append((weights[..., None] * residual.square()).sum((1, 2)))
         return torch.stack(errors).mean(0), residual.detach()
 
     def _frozen_error(self, y: Targets, f: Entries, kept: Kept, weights: Float[Tensor, "S n"]) -> Float[Tensor, " S"]:
-        residual = kept.decode(f, self.W_dec.detach()) + self.b_dec.detach()[:, None] - y
+        residual = self.decoder.decode(f, kept, frozen=True) + self.b_dec.detach()[:, None] - y
         return (weights[..., None] * residual.square()).sum((1, 2))
 
     def _revival(
         self,
         member: int,
         x: Inputs,
-        error: Float[Tensor, "n d_out"],
-        weights: Float[Tensor, " n"],
+        errors: Float[Tensor, "S n d_out"],
+        weights: Float[Tensor, "S n"],
         pre: Float[Tensor, "n F"],
         dead: Bool[Tensor, " F"],
     ) -> Float[Tensor, ""]:
         """The loss of a member's dead latents, zero where it has none."""
         candidates = dead.nonzero().squeeze(1)
         if len(candidates) == 0:
-            return error.new_zeros(())
+            return errors.new_zeros(())
         latents = DeadLatents(
             candidates=candidates,
             encoder=self.encoder[member],
-            W_dec=self.W_dec[member],
+            W_dec=self.decoder.rows(member),
             b_enc=self.b_enc[member],
             b_dec=self.b_dec[member] if self.config.centered else None,
             x=x[member % len(x)],
-            error=error,
-            weights=weights[:, None],
+            error=self.decoder.span(errors, member),
+            weights=self.decoder.row_weights(weights, member)[:, None],
         )
         if self.config.revival == "ghost":
             return self.config.aux_coefficient * latents.ghost()
         return self.config.aux_coefficient * latents.aux(pre, self.config.aux_k or max(1, self.d_out // 2))
 
     @torch.no_grad()
-    def _row_weights(self, y: Targets, variance: float) -> Float[Tensor, "S n"]:
+    def _row_weights(self, y: Targets, spreads: Float[Tensor, " S"]) -> Float[Tensor, "S n"]:
         cap = self.config.outlier_cap
         if cap is None:
             return y.new_ones(len(self), y.shape[1])
         squared = (y - self.b_dec[:, None]).square().sum(2)
-        weights: Tensor = (cap**2 * variance / squared).clamp_max(1.0)
+        weights: Tensor = (cap**2 * spreads[:, None] / squared).clamp_max(1.0)
         return weights
 
     def _norms(self) -> Float[Tensor, "S F"]:
         if self.config.unit_norms:
             return self.b_enc.new_ones(self.b_enc.shape)
-        norms: Tensor = self.W_dec.norm(dim=2)
-        return norms
+        return self.decoder.norms()
+
+    def latent_parameters(self) -> list[nn.Parameter]:
+        """All but the decoder's that hold something for each latent, `[S, F]` or `[S, F, …]`."""
+        encoder = [] if self._encoder is None else [self._encoder]
+        return [*encoder, self.b_enc, *self.rule.parameters()]
 
     def _column_sums(self, x: Inputs) -> Float[Tensor, "S F"]:
         centred = x - self.b_dec[:, None] if self.config.centered else x.expand(len(self), -1, -1)
@@ -209,12 +231,12 @@ class Stack(nn.Module):
     def before_update(self) -> None:
         """Shorten gradients that are longer than `clip_norm`; where norms are unit, take out of the decoder's gradient
         what would only change a row's length (Bricken et al. 2023)."""
-        if self.config.unit_norms and self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(2, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+        if self.config.unit_norms and isinstance(self.decoder, OwnDecoder):
+            self.decoder.take_out_growth()
         if self.config.clip_norm is not None:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+            squares = [g.flatten(1).square().sum(1) for g in gradients]
+            norm = (torch.stack(squares).sum(0) if self.decoder.separate else torch.cat(squares).sum().view(1)).sqrt()
             factor = (self.config.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
             for g in gradients:
                 g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
@@ -223,8 +245,8 @@ class Stack(nn.Module):
     def after_update(self) -> None:
         """Bring decoder rows back to unit norm, where they are kept there, and the rule's parameters to where they may
         be."""
-        if self.config.unit_norms:
-            functional.normalize(self.W_dec, dim=2, out=self.W_dec)
+        if self.config.unit_norms and isinstance(self.decoder, OwnDecoder):
+            self.decoder.normalise()
         self.rule.after_update()
 
     # ---- end ------------------------------------------------------------------------------------------------------------
@@ -283,7 +305,11 @@ class Stack(nn.Module):
         self.rule.begin_with(member, start.activation, self._norms()[member])
 
     @torch.no_grad()
-    def reconstruct(self, member: int, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
-        """What a member makes of scaled activations, as it would after training."""
-        decoded: Tensor = self.export(member, Origin.at("", "scaled"))(x)
-        return decoded
+    def residual(self, x: Inputs, y: Targets) -> Float[Tensor, "S n d_out"]:
+        """ŷ − y at the end of the run, for scaled rows that are selected from in fp32."""
+        weights = y.new_ones(len(self), y.shape[1])
+        step = Step(1.0, weights, self._norms(), self.b_enc, lambda: self._column_sums(x))
+        kept = self.rule.keep(self.pre_activations(x, torch.float32), step)
+        b_dec = self.b_dec if self.config.centered else None
+        kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
+        return self._errors(x, y, self.rule.values(kept_pre, kept, step), kept, weights)[1]

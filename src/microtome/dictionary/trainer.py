@@ -40,9 +40,11 @@ from microtome.common.device import fast_dtype, parse_device, parse_dtype
 from microtome.common.errors import ConfigError, InputError
 from microtome.common.progress import progress
 from microtome.dictionary.config import DictionaryConfig, describe
+from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
-from microtome.dictionary.formats import load_dictionary, save_dictionary
-from microtome.dictionary.group import Group, Sites, alike
+from microtome.dictionary.formats import read_dictionary, save_dictionary
+from microtome.dictionary.group import Group, alike
+from microtome.dictionary.layout import Sites
 from microtome.dictionary.loggers import Loggers
 from microtome.dictionary.stack import StepReport
 from microtome.dictionary.statistics import input_scales
@@ -118,15 +120,50 @@ def train(
 
     `source` is a store (opened or its folder; `hook_name` chooses one of its points for configs that name none) or
     another `ActivationSource`. A training that was stopped goes on from its last checkpoint. Raises InputError when a
-    loss stops being a number; the last good checkpoint is kept.
+    loss stops being a number; the last good checkpoint is kept. Cross-layer transcoders: `train_cross_layer`.
     """
-    config = config or TrainConfig()
+    listed = _listed(configs)
+    if any(each.cross_layer for each in listed):
+        raise ConfigError("train makes no cross-layer transcoders", fix="Train them with train_cross_layer")
+    made = _trainer(configs, source, out, config, hook_name=hook_name, overwrite=overwrite).run()
+    return [each for each in made if isinstance(each, Dictionary)]
+
+
+def train_cross_layer(
+    configs: DictionaryConfig | Sequence[DictionaryConfig],
+    source: ActivationStore | ActivationSource | str | Path,
+    *,
+    out: str | Path,
+    config: TrainConfig | None = None,
+    overwrite: bool = False,
+) -> list[CrossLayerTranscoder]:
+    """Train a cross-layer transcoder, or several on one stream, from configs with `cross_layer=True`. The rest is as in
+    `train`."""
+    if not all(each.cross_layer for each in _listed(configs)):
+        raise ConfigError("train_cross_layer makes cross-layer transcoders", fix="Say cross_layer=True in each config")
+    made = _trainer(configs, source, out, config, hook_name=None, overwrite=overwrite).run()
+    return [each for each in made if isinstance(each, CrossLayerTranscoder)]
+
+
+def _listed(configs: DictionaryConfig | Sequence[DictionaryConfig]) -> list[DictionaryConfig]:
     listed = [configs] if isinstance(configs, DictionaryConfig) else list(configs)
     if not listed:
         raise ConfigError("There is nothing to train", got="an empty list of configs")
-    single = isinstance(configs, DictionaryConfig)
+    return listed
+
+
+def _trainer(
+    configs: DictionaryConfig | Sequence[DictionaryConfig],
+    source: ActivationStore | ActivationSource | str | Path,
+    out: str | Path,
+    config: TrainConfig | None,
+    *,
+    hook_name: str | None,
+    overwrite: bool,
+) -> "Trainer":
+    listed, single = _listed(configs), isinstance(configs, DictionaryConfig)
     rows = as_source(source, listed, hook_name)
-    return Trainer(listed, rows, Path(out), config, single=single, overwrite=overwrite).run()
+    return Trainer(listed, rows, Path(out), config or TrainConfig(), single=single, overwrite=overwrite)
 
 
 def as_source(
@@ -198,9 +235,9 @@ class Trainer:
         """Whether the two become members of one stack."""
         small = self.config.batch_size * a.d_sae <= _STACKED_ENTRIES or self.device.type == "cuda"
         wanted = self.config.stack == "always" or (self.config.stack == "auto" and small)
-        return wanted and alike(a) == alike(b)
+        return wanted and not a.cross_layer and alike(a) == alike(b)
 
-    def run(self) -> list[Dictionary]:
+    def run(self) -> list[Dictionary | CrossLayerTranscoder]:
         """Train to the end and publish."""
         batches = self.begin()
         loggers = Loggers(self.config.log_to, self.draft.folder)
@@ -253,7 +290,7 @@ class Trainer:
 
     # ---- a step -------------------------------------------------------------------------------------------------------
 
-    def train_step(self, batch: Float[Tensor, "batch d"]) -> list[dict[str, float]]:
+    def train_step(self, batch: Float[Tensor, "batch d"]) -> list[dict[str, Any]]:
         """One update of all dictionaries. Every `log_every` steps, and before a checkpoint, a row of figures for
         each."""
         rows = self._scaled(batch)
@@ -274,21 +311,20 @@ class Trainer:
         found = [row for pair in zip(self.groups, reports, strict=True) for row in self._rows(*pair)]
         return sorted(found, key=lambda row: row["dictionary"])
 
-    def _rows(self, group: Group, report: StepReport) -> Iterator[dict[str, float]]:
+    def _rows(self, group: Group, report: StepReport) -> Iterator[dict[str, Any]]:
         lr = self.config.lr_at(self.step - 1, group.config.d_sae, group.config.lr)
-        figures = torch.stack([report.loss, report.fvu, report.aux, report.l0, group.dead.sum(1)]).T.tolist()
-        for number, config, (loss, fvu, aux, l0, dead) in zip(group.numbers, group.configs, figures, strict=True):
-            if not math.isfinite(loss):
+        for number, config, figures in zip(group.numbers, group.configs, group.figures(report), strict=True):
+            if not math.isfinite(figures["loss"]):
                 raise InputError(
-                    f"The loss is {loss} at step {self.step}",
+                    f"The loss is {figures['loss']} at step {self.step}",
                     got=f"learning rate {lr:.2e}, dictionary {number} ({config.architecture})",
                     fix="Lower lr or look at the activations; the last checkpoint is kept, and the same command goes on "
                     "from it",
                 )
-            row = {"dictionary": number, "step": self.step, "tokens": self.step * self.config.batch_size, "loss": loss}
-            yield {**row, "fvu": fvu, "aux": aux, "l0": l0, "dead": int(dead), "lr": lr}
+            tokens = self.step * self.config.batch_size
+            yield {"dictionary": number, "step": self.step, "tokens": tokens, **figures, "lr": lr}
 
-    def _log(self, row: dict[str, float]) -> None:
+    def _log(self, row: dict[str, Any]) -> None:
         file = self.folder(int(row["dictionary"])) / _LOG
         file.parent.mkdir(exist_ok=True)
         with file.open("a", encoding="utf-8") as opened:
@@ -322,7 +358,7 @@ class Trainer:
         for number in range(len(self.configs)):
             _trim_log(self.folder(number) / _LOG, self.step)
 
-    def _publish(self) -> list[Dictionary]:
+    def _publish(self) -> list[Dictionary | CrossLayerTranscoder]:
         about: dict[str, Any] = self.source.describe()
         dataset = about.get("dataset") or {}
         origin = {
@@ -332,17 +368,17 @@ class Trainer:
             "dataset": dataset.get("fingerprint"),
         }
         for group in self.groups:
-            for member, number in enumerate(group.numbers):
+            for which, number in enumerate(group.numbers):
                 folder = self.folder(number)
                 folder.mkdir(exist_ok=True)
-                save_dictionary(group.export(member, self.scales, origin), folder)
+                save_dictionary(group.export(which, self.scales, origin), folder)
                 if not self.single:
                     self._write_head(folder, self.configs[number])
         for old in self.draft.folder.glob(f"{_CHECKPOINT}*"):
             old.unlink()
         target = self.draft.publish(overwrite=self.overwrite, seed=self.config.seed)
         places = [target] if self.single else [target / str(n) for n in range(len(self.configs))]
-        return [load_dictionary(place) for place in places]
+        return [read_dictionary(place).dictionary for place in places]
 
     def _write_head(self, folder: Path, config: DictionaryConfig) -> None:
         """A dictionary of a sweep is an artifact of its own."""
@@ -352,12 +388,18 @@ class Trainer:
         write_json(folder / PROVENANCE, {**describe_run(), "seed": self.config.seed})
 
 
-def _for_loggers(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The rows of one step as one; figures of several dictionaries get their numbers as prefixes."""
-    if len(rows) == 1:
-        return {key: value for key, value in rows[0].items() if key != "dictionary"}
-    together = {f"{row['dictionary']}/{key}": value for row in rows for key, value in row.items()}
-    return {"step": rows[0]["step"], **together}
+def _for_loggers(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The rows of one step as one; figures of several dictionaries get their numbers as prefixes, those of layers
+    theirs behind them."""
+    together: dict[str, float] = {"step": rows[0]["step"]}
+    for row in rows:
+        prefix = "" if len(rows) == 1 else f"{row['dictionary']}/"
+        for key, value in row.items():
+            if isinstance(value, list):
+                together |= {f"{prefix}{key}/{i}": each for i, each in enumerate(value)}
+            elif key != "dictionary":
+                together[f"{prefix}{key}"] = value
+    return together
 
 
 def _trim_log(file: Path, step: int) -> None:

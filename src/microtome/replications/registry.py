@@ -20,8 +20,10 @@ from microtome.views.canvas import require_matplotlib
 
 # Each module holds one `REPLICATION`.
 REPLICATIONS = {
+    "towards_monosemanticity": "microtome.replications.towards_monosemanticity",
     "indirect_object_identification": "microtome.replications.indirect_object_identification",
     "sampling": "microtome.replications.sampling",
+    "toy_models_of_superposition": "microtome.replications.toy_models_of_superposition",
     "induction_circuit": "microtome.replications.induction_circuit",
     "induction_heads": "microtome.replications.induction_heads",
 }

@@ -16,6 +16,7 @@ _HOMES = {
     "between": "microtome.views.claims",
     "equal": "microtome.views.claims",
     "near": "microtome.views.claims",
+    "Directions": "microtome.views.directions",
     "Figure": "microtome.views.figure",
     "Heatmap": "microtome.views.heatmap",
     "Patterns": "microtome.views.heatmap",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from microtome.views.claims import between as between
     from microtome.views.claims import equal as equal
     from microtome.views.claims import near as near
+    from microtome.views.directions import Directions as Directions
     from microtome.views.figure import Figure as Figure
     from microtome.views.heatmap import Heatmap as Heatmap
     from microtome.views.heatmap import Patterns as Patterns

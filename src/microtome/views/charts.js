@@ -108,6 +108,11 @@
     paint(svg, d.values, d.limits, left, top, w, h, d.diverging);
     add(svg, "rect", { x: left, y: top, width: m * w, height: n * h, class: "frame" });
     for (const [i, j] of d.marks) add(svg, "rect", { x: left + j * w + 1, y: top + i * h + 1, width: w - 2, height: h - 2, class: "mark" });
+    if (d.border.length) {
+      const inside = add(svg, "svg", { x: left, y: top, width: m * w, height: n * h }); // what leaves the cells is cut off
+      const way = d.border.map(([i, j]) => `${((j + 0.5) * w).toFixed(1)} ${((i + 0.5) * h).toFixed(1)}`);
+      add(inside, "path", { d: `M${way.join("L")}`, class: "border" });
+    }
     const down = d.rows ? 1 : every(n, n * h / 13), across = d.columns ? 1 : every(m, m * w / 22);
     rows.forEach((name, i) => i % down === 0 &&
       add(svg, "text", { x: left - 4, y: top + (i + 0.5) * h + 3.5, class: "tick", "text-anchor": "end" }, short(name, 22)));
@@ -153,6 +158,35 @@
       });
     });
     return null; // as many numbers as these are read better from the JSON
+  }
+
+  // ---- directions in the plane, a small square of arrows for each panel ----
+
+  function directions(figure, d) {
+    const names = d.groups ? [...new Set(d.groups.flat())] : [], size = 150, half = size / 2, scale = half / d.limit;
+    if (names.length > 1) {
+      const svg = sheet(figure, W, lines(names) * 16 + 6, "legend");
+      legend(svg, names, 9, (i, x, y) => add(svg, "path", { d: `M${x} ${y}h20`, stroke: colour(i), "stroke-width": 2, "stroke-dasharray": DASHES[i % 7] || null }));
+    }
+    const grid = figure.appendChild(document.createElement("div")), rows = [["", "", "x", "y"]];
+    grid.className = "grid";
+    d.panels.forEach((panel, k) => {
+      const svg = sheet(grid, size + 4, size + 20, d.names[k]), points = [];
+      add(svg, "text", { x: half + 2, y: 11, "text-anchor": "middle" }, d.names[k]);
+      const mid = [half + 2, 16 + half];
+      add(svg, "rect", { x: 2, y: 16, width: size, height: size, class: "frame" });
+      add(svg, "path", { d: `M2 ${mid[1]}h${size}M${mid[0]} 16v${size}`, class: "rule" });
+      panel.forEach(([x, y], i) => {
+        const group = d.groups ? d.groups[k][i] : "", g = Math.max(names.indexOf(group), 0);
+        const p = { px: mid[0] + x * scale, py: mid[1] - y * scale, x, y, name: d.labels ? d.labels[k][i] : String(i), group };
+        add(svg, "path", { d: `M${mid[0]} ${mid[1]}L${p.px.toFixed(1)} ${p.py.toFixed(1)}`, stroke: colour(g), "stroke-width": 1.6, "stroke-dasharray": DASHES[g % 7] || null });
+        add(svg, "path", { d: SHAPES[g % 7], transform: `translate(${p.px.toFixed(1)} ${p.py.toFixed(1)}) scale(0.8)`, fill: colour(g), stroke: g % 7 === 6 ? colour(g) : null });
+        points.push(p);
+        rows.push([d.names[k], `${p.name}${group ? ` (${group})` : ""}`, show(x), show(y)]);
+      });
+      hover(svg, nearest(points, (p) => `${p.name}${p.group ? ` (${p.group})` : ""}\n${show(p.x)}, ${show(p.y)}\nlength ${show(Math.hypot(p.x, p.y))}`));
+    });
+    return rows;
   }
 
   // ---- axes of numbers ----
@@ -342,7 +376,7 @@
     }, { once: true });
   }
 
-  const DRAW = { heatmap, patterns, lines: lineChart, bars, scatter };
+  const DRAW = { heatmap, patterns, directions, lines: lineChart, bars, scatter };
   for (const figure of document.querySelectorAll("figure.chart")) {
     const data = JSON.parse(figure.querySelector("script").textContent);
     const numbers = DRAW[data.kind](figure, data);

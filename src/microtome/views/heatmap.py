@@ -24,8 +24,9 @@ class Heatmap(Figure):
     """Values `[row, column]` as colours, row 0 on top.
 
     `diverging` puts the middle of the scale at 0 (orange below, blue above). `limits` fixes the scale; by default it
-    reaches from 0, or the smallest value, to the largest. `marks` are (row, column) cells with a ring around them. NaN is
-    a cell without a value, crossed out. Raises InputError for values that are no matrix, or labels that do not fit it.
+    reaches from 0, or the smallest value, to the largest. `marks` are (row, column) cells with a ring around them; `border`
+    is a line through (row, column) points, which may lie between cells. NaN is a cell without a value, crossed out. Raises
+    InputError for values that are no matrix, or labels that do not fit it.
     """
 
     kind: ClassVar[str] = "heatmap"
@@ -42,6 +43,7 @@ class Heatmap(Figure):
     diverging: bool = False
     limits: tuple[float, float] | None = None
     marks: Sequence[tuple[int, int]] = ()
+    border: Sequence[tuple[float, float]] = ()
 
     def __post_init__(self) -> None:
         values = plain(self.values, "values of a heatmap", "row column")
@@ -53,6 +55,7 @@ class Heatmap(Figure):
             )
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "marks", marks)
+        object.__setattr__(self, "border", tuple((float(row), float(column)) for row, column in self.border))
         object.__setattr__(self, "rows", labels(self.rows, len(values), "row"))
         object.__setattr__(self, "columns", labels(self.columns, len(values[0]), "column"))
         object.__setattr__(self, "limits", scale(values, self.limits, diverging=self.diverging))
@@ -81,6 +84,9 @@ class Heatmap(Figure):
             left, right, top, bottom = column - 0.5, column + 0.5, row - 0.5, row + 0.5
             around = ([left, right, right, left, left], [top, top, bottom, bottom, top])
             axes.plot(*around, color=sheet.colours.text, lw=1.3, clip_on=False)
+        if self.border:
+            rows, columns = zip(*self.border, strict=True)
+            axes.plot(columns, rows, color=sheet.colours.text, lw=1.6, ls="--", scalex=False, scaley=False)
         bar = sheet.paper.colorbar(image, ax=axes, shrink=0.9, aspect=25, pad=0.02)
         bar.ax.tick_params(colors=sheet.colours.faint, labelsize=8, length=2.5)
         bar.outline.set_visible(False)

@@ -1,0 +1,163 @@
+"""What a stack's latents write: each member its own output, or each layer its own and all later ones.
+
+A *member* of a stack is a dictionary of its own (`OwnDecoder`) or one layer of a cross-layer transcoder
+(`CrossLayerDecoder`). What a member's latents write lies in its *span*: its own output, or the outputs of its layer and
+all later ones, one behind the other. The norm of a latent is that of its row over the whole span; where the span is
+several points of a crosscoder it is the sum of the points' norms (Lindsey et al. 2024, "Sparse Crosscoders").
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from microtome.common.device import generator
+from microtome.dictionary.kept import DenseKept, Entries, Kept, SparseKept
+
+
+def point_norms(W_dec: Float[Tensor, "*S F d_out"], widths: Sequence[int]) -> Float[Tensor, "*S F point"]:
+    """The norm of each row in each of the points that lie one behind the other along its columns."""
+    return torch.stack([piece.norm(dim=-1) for piece in W_dec.split(list(widths), dim=-1)], dim=-1)
+
+
+class Decoder(nn.Module, ABC):
+    """The decoder rows of S members of `d_sae` latents; `separate` says whether members are dictionaries of their own."""
+
+    separate: bool
+
+    @abstractmethod
+    def draw(self, seeds: Sequence[int], norm: float) -> None:
+        """Random rows of this norm, from a seed for each member."""
+
+    @abstractmethod
+    def norms(self) -> Float[Tensor, "S F"]:
+        """The norm of each latent."""
+
+    @abstractmethod
+    def decode(self, values: Entries, kept: Kept, *, frozen: bool = False) -> Float[Tensor, "S n d_out"]:
+        """What the kept entries write, without b_dec; with `frozen` the decoder is a constant."""
+
+    @abstractmethod
+    def place(self, member: int) -> tuple[nn.Parameter, tuple[int, ...]]:
+        """The parameter that holds a member's rows `[F, span]`, and the index of the member in it."""
+
+    @abstractmethod
+    def span(self, outputs: Float[Tensor, "S n d_out"], member: int) -> Float[Tensor, "n span"]:
+        """Of the rows of all outputs, what a member can write."""
+
+    @abstractmethod
+    def row_weights(self, weights: Float[Tensor, "S n"], member: int) -> Float[Tensor, " n"]:
+        """How much each row counts for a member, given how much it counts for each output."""
+
+    def rows(self, member: int) -> Float[Tensor, "F span"]:
+        """A member's decoder rows, with gradient."""
+        parameter, index = self.place(member)
+        return parameter[index] if index else parameter
+
+
+class OwnDecoder(Decoder):
+    """`W_dec` `[S, F, d_out]`; `widths` are those of the points that the output is made of."""
+
+    separate = True
+
+    def __init__(self, members: int, d_sae: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+        self.W_dec = nn.Parameter(torch.zeros(members, d_sae, sum(widths)))
+
+    @torch.no_grad()
+    def draw(self, seeds: Sequence[int], norm: float) -> None:
+        for member, seed in enumerate(seeds):
+            shape = self.W_dec[member].shape
+            self.W_dec[member] = torch.randn(shape, generator=generator(seed, "output")).to(self.W_dec.device)
+        self.W_dec.mul_(norm / self.norms()[..., None])
+
+    def norms(self) -> Float[Tensor, "S F"]:
+        return point_norms(self.W_dec, self.widths).sum(-1)
+
+    def decode(self, values: Entries, kept: Kept, *, frozen: bool = False) -> Float[Tensor, "S n d_out"]:
+        return kept.decode(values, self.W_dec.detach() if frozen else self.W_dec)
+
+    def place(self, member: int) -> tuple[nn.Parameter, tuple[int, ...]]:
+        return self.W_dec, (member,)
+
+    def span(self, outputs: Float[Tensor, "S n d_out"], member: int) -> Float[Tensor, "n span"]:
+        return outputs[member]
+
+    def row_weights(self, weights: Float[Tensor, "S n"], member: int) -> Float[Tensor, " n"]:
+        return weights[member]
+
+    @torch.no_grad()
+    def take_out_growth(self) -> None:
+        """Take out of the gradient what would only change a row's length (Bricken et al. 2023)."""
+        if self.W_dec.grad is not None:
+            squares = self.W_dec.square().sum(2, keepdim=True).clamp_min(1e-12)
+            along = (self.W_dec.grad * self.W_dec).sum(2, keepdim=True) / squares
+            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Bring every row back to norm one."""
+        self.W_dec.div_(self.norms().clamp_min(1e-12)[..., None])
+
+
+class CrossLayerDecoder(Decoder):
+    """`W_dec[l]` `[F, (L − l) · d_out]`: what the latents of layer l write to the layers l, l + 1 …, whose norm is that
+    of all of it together (Ameisen et al. 2025, "Circuit Tracing", methods)."""
+
+    separate = False
+
+    def __init__(self, layers: int, d_sae: int, d_out: int) -> None:
+        super().__init__()
+        self.layers, self.d_out = layers, d_out
+        self.W_dec = nn.ParameterList([torch.zeros(d_sae, (layers - layer) * d_out) for layer in range(layers)])
+
+    @torch.no_grad()
+    def draw(self, seeds: Sequence[int], norm: float) -> None:
+        for seed, rows in zip(seeds, self.W_dec, strict=True):
+            rows.copy_(torch.randn(rows.shape, generator=generator(seed, "output")))
+            rows.mul_(norm / rows.norm(dim=1, keepdim=True))
+
+    def norms(self) -> Float[Tensor, "S F"]:
+        return torch.stack([self.rows(layer).norm(dim=1) for layer in range(self.layers)])
+
+    def decode(self, values: Entries, kept: Kept, *, frozen: bool = False) -> Float[Tensor, "S n d_out"]:
+        n = kept.shape[1]
+        outputs: list[Tensor] = []
+        for layer in range(self.layers):
+            part, mine = _of_member(values, kept, layer)
+            rows = self.rows(layer).detach() if frozen else self.rows(layer)
+            written = mine.decode(part, rows[None])[0].view(n, self.layers - layer, self.d_out).unbind(1)
+            for later, piece in enumerate(written):
+                if layer == 0:
+                    outputs.append(piece)
+                else:
+                    outputs[layer + later] = outputs[layer + later] + piece
+        return torch.stack(outputs)
+
+    def place(self, member: int) -> tuple[nn.Parameter, tuple[int, ...]]:
+        parameter = self.W_dec[member]
+        assert isinstance(parameter, nn.Parameter)
+        return parameter, ()
+
+    def span(self, outputs: Float[Tensor, "S n d_out"], member: int) -> Float[Tensor, "n span"]:
+        return outputs[member:].transpose(0, 1).flatten(1)
+
+    def row_weights(self, weights: Float[Tensor, "S n"], member: int) -> Float[Tensor, " n"]:
+        """A row that is an outlier at any of the outputs counts as little as there."""
+        return weights[member:].amin(0)
+
+
+def _of_member(values: Entries, kept: Kept, member: int) -> tuple[Entries, Kept]:
+    """The entries of one member, as a stack of one."""
+    _, n, d_sae = kept.shape
+    if isinstance(kept, DenseKept):
+        mask = None if kept.mask is None else kept.mask[member : member + 1]
+        return values[member : member + 1], DenseKept(kept.pre[member : member + 1], mask)
+    assert isinstance(kept, SparseKept)
+    starts = kept.starts[member * n : (member + 1) * n + 1]
+    first, last = int(starts[0]), int(starts[-1])
+    latents = kept.latents[first:last] - member * d_sae
+    return values[first:last], SparseKept(latents, starts - first, (1, n, d_sae))

@@ -1,0 +1,200 @@
+"""How the columns of a stream become the rows of a stack's members, and members become dictionaries again.
+
+`Separate`: every member is a dictionary, and all read the same rows. `Layered`: the members are the layers of one
+cross-layer transcoder; each reads, and has as its target, the columns of its own layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from microtome.common.device import derive_seed
+from microtome.common.errors import ConfigError, unknown_name
+from microtome.dictionary.config import DictionaryConfig
+from microtome.dictionary.cross_layer import CrossLayerTranscoder
+from microtome.dictionary.decoders import CrossLayerDecoder, Decoder, OwnDecoder
+from microtome.dictionary.dictionary import Dictionary, Origin
+from microtome.dictionary.stack import Stack
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where the hook points of a source are in its rows."""
+
+    names: tuple[str, ...]
+    widths: tuple[int, ...]
+
+    def columns(self, wanted: Sequence[str]) -> list[slice]:
+        """The columns of each point. Raises ConfigError for one that the source does not have."""
+        starts = {name: sum(self.widths[:i]) for i, name in enumerate(self.names)}
+        for name in wanted:
+            if name not in starts:
+                raise unknown_name("hook point of the source", name, self.names, ConfigError)
+        return [slice(starts[name], starts[name] + self.widths[self.names.index(name)]) for name in wanted]
+
+
+def take(rows: Float[Tensor, "*n d"], columns: Sequence[slice]) -> Float[Tensor, "*n part"]:
+    """These columns of the rows, one behind the other."""
+    pieces = [rows[..., each] for each in columns]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+class Layout(Protocol):
+    """`members` is how long the stack is, `outputs` the points whose activations are predicted."""
+
+    members: int
+    d_in: int
+    d_out: int
+    outputs: tuple[str, ...]
+    y_columns: list[slice]
+
+    def decoder(self, d_sae: int) -> Decoder:
+        """The decoder of all members."""
+
+    def configs(self, configs: Sequence[DictionaryConfig]) -> list[DictionaryConfig]:
+        """A config for each member, given one for each dictionary."""
+
+    def seeds(self, seeds: Sequence[int]) -> list[int]:
+        """A seed for each member, given one for each dictionary."""
+
+    def x(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "s n d_in"]:
+        """What the members read."""
+
+    def y(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "s n d_out"]:
+        """What they predict."""
+
+    def figures(self, by_member: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """The figures of each dictionary, given those of each member."""
+
+    def export(
+        self, stack: Stack, which: int, origin: dict[str, Any], scales: Float[Tensor, " d"]
+    ) -> Dictionary | CrossLayerTranscoder:
+        """The dictionary with this place among those of the stack, on activations without `scales`."""
+
+
+class _Points:
+    """The columns of a config's inputs and outputs."""
+
+    def __init__(self, config: DictionaryConfig, sites: Sites) -> None:
+        self.inputs = config.inputs or sites.names
+        self.outputs = config.outputs or self.inputs
+        self.x_columns, self.y_columns = sites.columns(self.inputs), sites.columns(self.outputs)
+        self.in_widths, self.out_widths = (
+            tuple(c.stop - c.start for c in columns) for columns in (self.x_columns, self.y_columns)
+        )
+
+    def origin(self, about: dict[str, Any]) -> Origin:
+        widths = self.out_widths if len(self.out_widths) > 1 else ()
+        return Origin(inputs=self.inputs, outputs=self.outputs, widths=widths, **about)
+
+
+class Separate(_Points):
+    """Dictionaries side by side.
+
+    Raises ConfigError for a tied crosscoder with unit norms: through rows whose norms at the points add up to one, the
+    transpose of the decoder cannot give back what it reads.
+    """
+
+    def __init__(self, config: DictionaryConfig, members: int, sites: Sites) -> None:
+        super().__init__(config, sites)
+        self.members, self.d_in, self.d_out = members, sum(self.in_widths), sum(self.out_widths)
+        if config.tied and config.unit_norms and len(self.outputs) > 1:
+            raise ConfigError(
+                "A tied crosscoder has free norms", got="unit norms", fix="Say norms='free', or leave out tied"
+            )
+
+    def decoder(self, d_sae: int) -> Decoder:
+        return OwnDecoder(self.members, d_sae, self.out_widths)
+
+    def configs(self, configs: Sequence[DictionaryConfig]) -> list[DictionaryConfig]:
+        return list(configs)
+
+    def seeds(self, seeds: Sequence[int]) -> list[int]:
+        return list(seeds)
+
+    def x(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "1 n d_in"]:
+        return take(rows, self.x_columns)[None]
+
+    def y(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "1 n d_out"]:
+        return take(rows, self.y_columns)[None]
+
+    def figures(self, by_member: dict[str, Tensor]) -> list[dict[str, Any]]:
+        lists = {name: values.tolist() for name, values in by_member.items()}
+        return [{name: values[i] for name, values in lists.items()} for i in range(self.members)]
+
+    def export(self, stack: Stack, which: int, origin: dict[str, Any], scales: Float[Tensor, " d"]) -> Dictionary:
+        return stack.export(which, self.origin(origin), take(scales, self.x_columns), take(scales, self.y_columns))
+
+
+class Layered(_Points):
+    """The layers of a cross-layer transcoder.
+
+    Raises ConfigError unless there are as many outputs as inputs and all inputs, and all outputs, are of one width, and
+    for settings that such a transcoder does not have.
+    """
+
+    def __init__(self, config: DictionaryConfig, sites: Sites) -> None:
+        super().__init__(config, sites)
+        self.members = len(self.inputs)
+        if len(self.outputs) != self.members:
+            raise ConfigError(
+                "A cross-layer transcoder writes as many points as it reads",
+                got=f"{self.members} inputs, {len(self.outputs)} outputs",
+            )
+        widths = {*self.in_widths, *self.out_widths}
+        if len(widths) > 1:
+            raise ConfigError(
+                "The points of a cross-layer transcoder are of one width",
+                got=dict(zip((*self.inputs, *self.outputs), (*self.in_widths, *self.out_widths), strict=True)),
+            )
+        self.d_in = self.d_out = widths.pop()
+        not_there = {"skip": config.skip, "norms='unit'": config.unit_norms, "fine_tune": config.fine_tune is not None}
+        for name, said in not_there.items():
+            if said:
+                raise ConfigError(f"A cross-layer transcoder is trained without {name}", fix="Leave it out")
+
+    def decoder(self, d_sae: int) -> Decoder:
+        return CrossLayerDecoder(self.members, d_sae, self.d_out)
+
+    def configs(self, configs: Sequence[DictionaryConfig]) -> list[DictionaryConfig]:
+        return [configs[0]] * self.members
+
+    def seeds(self, seeds: Sequence[int]) -> list[int]:
+        return [derive_seed(seeds[0], "layer", layer) for layer in range(self.members)]
+
+    def x(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "s n d_in"]:
+        return torch.stack([rows[:, each] for each in self.x_columns])
+
+    def y(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "s n d_out"]:
+        return torch.stack([rows[:, each] for each in self.y_columns])
+
+    def figures(self, by_member: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """Means over the layers (`dead`: their sum), and the FVU of each."""
+        means = {name: float(values.float().mean()) for name, values in by_member.items()}
+        return [{**means, "dead": int(by_member["dead"].sum()), "fvu_by_layer": by_member["fvu"].tolist()}]
+
+    @torch.no_grad()
+    def export(
+        self, stack: Stack, which: int, origin: dict[str, Any], scales: Float[Tensor, " d"]
+    ) -> CrossLayerTranscoder:
+        """Codes are in units of their decoder rows' norms, as those of dictionaries are."""
+        norms = stack.decoder.norms()
+        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        activations = [stack.rule.activation(layer, norms[layer]) for layer in range(self.members)]
+        for each, factor in zip(activations, norms, strict=True):
+            each.scale_(factor)
+        made = CrossLayerTranscoder(self.d_in, stack.d_sae, activations, origin=self.origin(origin)).to(norms.device)
+        made.encoder.copy_(stack.encoder * norms[..., None])
+        made.b_enc.copy_(stack.b_enc * norms)
+        made.b_dec.copy_(stack.b_dec)
+        for layer, weight in enumerate(made.W_dec):
+            weight.copy_((stack.decoder.rows(layer) / norms[layer][:, None]).view_as(weight))
+        inputs, outputs = (
+            torch.stack([scales[c.start] for c in columns]) for columns in (self.x_columns, self.y_columns)
+        )
+        made.fold_scales(inputs, outputs)
+        return made.requires_grad_(False)

@@ -1,0 +1,95 @@
+"""`SparseDictionary`: what every measurement asks of a dictionary, whatever its class.
+
+Its activations x are those of `origin.inputs`, one behind the other along the last axis; y those of `origin.outputs`.
+`Read` is one batch of both.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from microtome.dictionary.codes import SparseCodes
+from microtome.dictionary.dictionary import Origin
+from microtome.model import ActivationCache, HookedModel
+
+
+@runtime_checkable
+class SparseDictionary(Protocol):
+    """A dictionary of `d_sae` latents from activations of width `d_in` to ones of width `d_out`."""
+
+    origin: Origin
+    d_in: int
+    d_out: int
+    d_sae: int
+
+    def encode(self, x: Float[Tensor, "n d_in"], /) -> SparseCodes:
+        """The codes of each row."""
+
+    def decode(self, codes: SparseCodes, x: Float[Tensor, "n d_in"] | None = None, /) -> Float[Tensor, "n d_out"]:
+        """The reconstruction or prediction from codes."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights: where they are and in which dtype."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """The activations that dictionaries read and write, of one batch."""
+
+    activations: ActivationCache
+
+    @classmethod
+    def of(
+        cls, model: HookedModel, tokens: Int[Tensor, "batch pos"], dictionaries: Iterable[SparseDictionary]
+    ) -> "Read":
+        """Run the model up to the deepest point of all dictionaries."""
+        return cls(model.activations(tokens, points(dictionaries)))
+
+    def at(self, names: tuple[str, ...]) -> Float[Tensor, "batch pos d"]:
+        """The activations at the points `names`, heads flattened, one behind the other, in float32."""
+        return torch.cat([self.activations[name].flatten(2).float() for name in names], -1)
+
+    def x(self, dictionary: SparseDictionary) -> Float[Tensor, "batch pos d_in"]:
+        """What it reads, where its weights are."""
+        return self.at(dictionary.origin.inputs).to(device_of(dictionary))
+
+    def y(self, dictionary: SparseDictionary) -> Float[Tensor, "batch pos d_out"]:
+        """What it should give, where its weights are."""
+        return self.at(dictionary.origin.outputs).to(device_of(dictionary))
+
+
+def points(dictionaries: Iterable[SparseDictionary]) -> list[str]:
+    """All hook points that they read or write, each once."""
+    origins = [dictionary.origin for dictionary in dictionaries]
+    return list(dict.fromkeys(name for origin in origins for name in (*origin.inputs, *origin.outputs)))
+
+
+def device_of(dictionary: SparseDictionary) -> torch.device:
+    """Where its weights are."""
+    return next(dictionary.parameters()).device
+
+
+@torch.no_grad()
+def decoder_rows(dictionary: SparseDictionary, *, chunk: int = 1024) -> Float[Tensor, "d_sae d_out"]:
+    """What each latent adds to y for each unit of its code: W_dec, or for a class with several decoders its decoded unit
+    vectors less what no code gives."""
+    rows = getattr(dictionary, "W_dec", None)
+    if isinstance(rows, Tensor) and rows.shape == (dictionary.d_sae, dictionary.d_out):
+        return rows.detach().float()
+    device = device_of(dictionary)
+    x = torch.zeros(1, dictionary.d_in, device=device)
+    nothing = dictionary.decode(_units(torch.tensor([0], device=device), dictionary.d_sae, 0.0), x)
+    parts = [
+        dictionary.decode(_units(latents, dictionary.d_sae, 1.0), x.expand(len(latents), -1)) - nothing
+        for latents in torch.arange(dictionary.d_sae, device=device).split(chunk)
+    ]
+    return torch.cat(parts).float()
+
+
+def _units(latents: Int[Tensor, " n"], d_sae: int, value: float) -> SparseCodes:
+    weight = torch.full((len(latents), 1), value, device=latents.device)
+    return SparseCodes(latents[:, None], weight, d_sae)

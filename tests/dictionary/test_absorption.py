@@ -1,0 +1,179 @@
+"""Absorption, on words made by hand where it is known exactly, and against the definition written out for each word."""
+
+import pytest
+import torch
+
+from microtome.common.errors import InputError, ModelError
+from microtome.dictionary import EncodedTexts, FirstLetters, absorption, first_letters
+from microtome.dictionary.absorption import absorbed_letters, absorbed_words, encode_words, f1, split_latents
+from microtome.dictionary.letters import spelling_accuracy, vocabulary_words
+from microtome.model import HookedModel
+
+from .handmade import encoded, perfect_dictionary
+from .test_points import ORIGINS, random_at
+
+N = 60
+
+
+def words_with_absorbers(share_of_main: float = 0.0) -> tuple[EncodedTexts, torch.Tensor]:
+    """Letters a and b, y = e0 and e1. Latent 0 is "a", 1 is "b"; of every fifth a-word the "a" latent has only
+    `share_of_main`, and a latent of the word's own has the rest."""
+    labels = torch.zeros(2 * N, 2, dtype=torch.bool)
+    labels[:N, 0] = labels[N:, 1] = True
+    y = labels.float() @ torch.eye(2, 3)
+    special = torch.arange(0, N, 5)
+    codes = torch.zeros(2 * N, 2 + len(special))
+    codes[:, :2] = labels.float()
+    codes[special, 0] = share_of_main
+    codes[special, 2 + torch.arange(len(special))] = 1 - share_of_main
+    rows = torch.zeros(2 + len(special), 3)
+    rows[0], rows[1], rows[2:] = torch.eye(3)[0], torch.eye(3)[1], torch.eye(3)[0]
+    return encoded(labels, y, codes, rows), special
+
+
+def test_absorption_that_is_known() -> None:
+    words, special = words_with_absorbers()
+    found = absorbed_letters(words)
+    a, b = found.letters
+    assert (a.splits, a.split) == (1, (0,))
+    assert a.probe_f1 == b.probe_f1 == b.sparse_f1 == 1
+    assert (b.fraction, b.full, b.full_by) == (0, 0, None)
+    tested = []
+    for seed in range(3):
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(seed * 1000))[N // 2 :]
+        tested.append(float(torch.isin(order, special).float().mean()))
+    assert a.full == pytest.approx(sum(tested) / 3)
+    assert a.fraction == a.full
+    assert a.full_by is not None
+    assert a.full_by >= 2
+    assert found.fraction.value == pytest.approx(a.fraction / 2)
+    assert found.fraction.seeds == pytest.approx([share / 2 for share in tested])
+    assert a.sparse_f1 < 1
+
+
+def test_half_of_a_word_absorbed_is_a_half_and_not_full() -> None:
+    words, special = words_with_absorbers(0.5)
+    mask = torch.zeros(2 * N, dtype=torch.bool)
+    mask[special] = True
+    found = absorbed_words(words, mask, torch.eye(3)[0], torch.tensor([0]))
+    assert found.fraction.tolist() == [0.5] * len(special)
+    assert not found.full.any()
+    assert found.most_frequent is None
+
+
+def test_two_halves_of_a_letter_are_a_split() -> None:
+    """Each of two latents fires for half of the words: together they gain far more than 0.03, a third one nothing."""
+    labels = torch.arange(80) < 40
+    codes = torch.rand(80, 5, generator=torch.Generator().manual_seed(0)) * 0.01
+    codes[:40, 3] += (torch.arange(40) % 2).float()
+    codes[:40, 1] += 1 - (torch.arange(40) % 2).float()
+    split, score = split_latents(codes, labels, torch.arange(80) % 4 < 2)
+    assert sorted(split.tolist()) == [1, 3]
+    assert score == 1
+
+
+def test_each_words_figures_are_those_of_the_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, d, f = 200, 6, 30
+    codes = torch.randn(n, f, generator=generator).relu() * (torch.rand(n, f, generator=generator) < 0.2)
+    rows = torch.randn(f, d, generator=generator)
+    y = codes @ rows + 0.1 * torch.randn(n, d, generator=generator)
+    direction = torch.nn.functional.normalize(torch.randn(d, generator=generator), dim=0)
+    split = torch.tensor([4, 9])
+    words = encoded(torch.zeros(n, 1), y, codes, rows, names="a")
+    found = absorbed_words(words, torch.ones(n, dtype=torch.bool), direction, split)
+    kinds = set()
+    for i in range(n):
+        whole = float(y[i] @ direction)
+        carried = [
+            (float(codes[i, j] * (rows[j] @ direction)), float(rows[j] @ direction / rows[j].norm())) for j in range(f)
+        ]
+        main = sum(carried[j][0] for j in (4, 9))
+        others = sorted((p for j, (p, c) in enumerate(carried) if j not in (4, 9) and c >= 0.1 and p > 0), reverse=True)
+        absorbers = sum(others[:3])
+        if whole <= 0 or main >= whole or absorbers < 0.4 * whole:
+            expected, kind = 0.0, "none"
+        elif main <= 0:
+            expected, kind = 1.0, "all"
+        else:
+            taken = min(absorbers, whole - main)
+            expected, kind = taken / (taken + main), "part"
+        kinds.add(kind)
+        assert float(found.fraction[i]) == pytest.approx(expected, abs=1e-5), i
+        top = max(range(f), key=lambda j: carried[j][0])
+        silent = all(float(codes[i, j]) == 0 for j in (4, 9))
+        full = silent and whole > 0 and carried[top][1] >= 0.025 and carried[top][0] >= 0.4 * whole
+        assert int(found.by[i]) == (top if full else -1), i
+    assert kinds == {"none", "all", "part"}
+    assert found.full.any()
+
+
+def test_f1() -> None:
+    says, labels = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    assert f1(says, labels) == 0.5
+    assert f1(says & False, labels & False) == 0
+
+
+def test_a_letter_of_three_words_is_refused() -> None:
+    words, _ = words_with_absorbers()
+    few = encoded(words.labels[N - 3 :], words.y[N - 3 :], words.codes[N - 3 :], words.W_dec)
+    with pytest.raises(InputError, match="Too few words begin with a"):
+        absorbed_letters(few)
+
+
+# ---- on models ----------------------------------------------------------------------------------------------------------
+
+
+def made_task(model: HookedModel) -> FirstLetters:
+    prompts = torch.randint(2, 320, (24, 9), generator=torch.Generator().manual_seed(0))
+    return FirstLetters(
+        words=tuple(map(str, range(24))), letters=("a", "b"), label=torch.arange(24) % 2, prompts=prompts
+    )
+
+
+def test_words_are_read_at_the_last_token(tiny_llama: HookedModel) -> None:
+    task, sae = made_task(tiny_llama), random_at(ORIGINS["transcoder"], 32, 32, center=False, skip=True)
+    words = encode_words(tiny_llama, sae, task, rows=10)
+    _, cache = tiny_llama.run_with_cache(task.prompts)
+    torch.testing.assert_close(words.x, cache["blocks.0.hook_resid_post"][:, -1])
+    torch.testing.assert_close(words.codes, sae.encode(words.x).to_dense())
+    assert words.labels[:, 0].tolist() == [True, False] * 12
+
+
+def test_a_perfect_dictionary_of_any_model_gives_figures_and_chance(tiny_llama: HookedModel) -> None:
+    sae = perfect_dictionary(ORIGINS["autoencoder"], 32)
+    found = absorption(tiny_llama, sae, task=made_task(tiny_llama), spell=20)
+    assert found.chance == 0.5
+    assert found.spelling is not None
+    assert 0 <= found.spelling.value <= 1
+    assert found.n_words == 24
+
+
+def test_spelling_is_right_where_the_letter_is_the_likeliest(tiny_llama: HookedModel) -> None:
+    task = made_task(tiny_llama)
+    right = spelling_accuracy(tiny_llama, task, most=24, rows=7)
+    colon = tiny_llama.to_tokens(":", prepend_bos=False)
+    logits = tiny_llama(torch.cat([task.prompts, colon.expand(24, -1)], 1))[:, -1]
+    ids = [int(tiny_llama.to_tokens(f" {c}", prepend_bos=False)[0, 0]) for c in "AB"]
+    direct = logits[:, ids].argmax(1) == task.label
+    assert sorted(right.tolist()) == sorted(direct.float().tolist())
+
+
+def test_a_small_vocabulary_is_refused(tiny_llama: HookedModel) -> None:
+    with pytest.raises(InputError, match="too few words"):
+        first_letters(tiny_llama)
+    nameless = HookedModel(tiny_llama.hf, None, name="tiny", spec=tiny_llama.spec)
+    with pytest.raises(ModelError, match="without a tokenizer"):
+        first_letters(nameless)
+
+
+def test_the_real_vocabulary_has_words_of_one_token(smol: HookedModel) -> None:
+    words = vocabulary_words(smol)
+    assert "snake" in words["s"]
+    assert sum(map(len, words.values())) > 5000
+    task = first_letters(smol, per_letter=2, least=100, shots=2)
+    assert {word[0] for word in task.words} == set(task.letters)
+    for word, row, label in zip(task.words, task.prompts, task.label.tolist(), strict=True):
+        assert smol.to_string(row[-1:]) == f" {word}"
+        assert task.letters[label] == word[0]
+    assert smol.to_string(task.prompts[0]).count("\n") == 2

@@ -1,0 +1,66 @@
+"""Resampled latents of every architecture fire again, and nothing else moves."""
+
+from typing import Any
+
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from microtome.dictionary.architectures import make_rule
+from microtome.dictionary.config import (
+    BatchTopKConfig,
+    DictionaryConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    PAnnealConfig,
+    ReLUConfig,
+    TopKConfig,
+)
+from microtome.dictionary.resampling import resample
+from microtome.dictionary.stack import DataStatistics, Stack
+
+D, F, N = 24, 24, 512  # as many latents as dimensions: b_dec's moments have the shape of b_enc's
+SIZES: dict[str, Any] = {"d_sae": F, "revival": "resample"}
+CONFIGS: dict[str, DictionaryConfig] = {
+    "relu": ReLUConfig(**SIZES),
+    "p-anneal": PAnnealConfig(**SIZES),
+    "gated": GatedConfig(**SIZES),
+    "jumprelu": JumpReLUConfig(**SIZES),
+    "topk": TopKConfig(**SIZES, k=4),
+    "batchtopk": BatchTopKConfig(**SIZES, k=4),
+}
+
+
+def rows() -> Float[Tensor, "1 n d"]:
+    """Rows with a mean norm of √d, as training gives them to a stack."""
+    return torch.randn(1, N, D, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_resampled_latents_fire_again(name: str) -> None:
+    config, x, dead = CONFIGS[name], rows(), torch.arange(F) % 2 == 0
+    stack = Stack([config], make_rule([config]), D, D)
+    stack.initialise(DataStatistics(torch.zeros(1, D), torch.zeros(1, D), float(D)), [0])
+    optimiser = torch.optim.Adam(stack.parameters(), lr=1e-4)
+    with torch.no_grad():
+        for p in (stack.b_enc, *(q for part, q in stack.rule.named_parameters() if part == "b_mag")):
+            p[0, dead] = -100.0
+        for part, p in stack.rule.named_parameters():
+            if part == "threshold":
+                p[0, dead] = 100.0
+    stack.step(x, x, variance=float(D))
+    optimiser.step()
+    assert not bool(stack.step(x, x, variance=float(D)).fired[0, dead].any())
+
+    before = {part: p.detach().clone() for part, p in stack.named_parameters()}
+    moments = {part: optimiser.state[p]["exp_avg"].clone() for part, p in stack.named_parameters() if p in optimiser.state}
+    resample(stack, optimiser, 0, dead, x[0], x[0], generator=torch.Generator().manual_seed(0))
+
+    assert bool(stack.step(x, x, variance=float(D)).fired[0, dead].all())
+    for part, p in stack.named_parameters():
+        held = torch.ones(p.shape[1], dtype=torch.bool) if part == "b_dec" else ~dead
+        assert torch.equal(p[0, held], before[part][0, held])
+        if part in moments:
+            assert torch.equal(optimiser.state[p]["exp_avg"][0, held], moments[part][0, held])
+            assert part == "b_dec" or not bool(optimiser.state[p]["exp_avg"][0, dead].any())

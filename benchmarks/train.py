@@ -1,55 +1,55 @@
-"""`microtome bench train`: training steps per second of a TopK dictionary, against SAELens 6's own trainer.
+"""`microtome bench train`: training steps per second of dictionaries, against SAELens, dictionary_learning and sparsify.
 
 1. The model's activations on a corpus are harvested once, into a file that all sides read.
-2. Each side lives in its own process (`train_sides.py`), so that its peak memory is its own; SAELens has one for each of
-   its settings. All take the same batches in the same order.
+2. For each architecture and seed, each side lives in its own process (`train_worker.py`), so that its peak memory is its
+   own; a peer has one for each of its settings. All take the same batches in the same order.
 3. The sides take turns of a few steps; while one works, the others wait.
 4. At the end each reconstructs the same held-out activations.
 
-The ratio is to the fastest of SAELens's settings.
+Ratios are to the fastest of a peer's settings; those of FVU to that same setting's, as means over the seeds.
 """
 
-import multiprocessing
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import in_turn, installed, machine, rate, ratio, tokens_of
-from benchmarks.train_sides import END, SIDES, Config, serve
+from benchmarks.train_sides import ARCHITECTURES, Config, Task
+from benchmarks.train_worker import END, PEERS, Worker, sides_of
 from microtome.activations import ModelSource
 from microtome.common.config import require, to_dict
 from microtome.common.device import fast_dtype, parse_device
-from microtome.common.errors import MicrotomeError
 from microtome.common.progress import progress
 from microtome.model import load_model
 
 __all__ = ["Config", "run"]
 
-NOT_BUILT = ("batchtopk_vs_saelens", "relu_vs_saelens", "jumprelu_vs_saelens")
-PEER = "sae_lens"
-_PATIENCE_S = 10.0
+_COMPARED = ("saelens", "dictionary_learning", "sparsify")
 
 
 def run(config: Config) -> dict[str, Any]:
     """Measure, and return the machine, the sizes, the figures, the ratios and what there is to note."""
-    device = parse_device(config.device)
-    about, notes = machine(device), []
-    names = [name for name in SIDES if name.startswith("microtome") or installed(PEER)]
-    if not installed(PEER):
-        notes.append("SAELens is not installed here: pip install 'sae-lens>=6,<7', or '.[bench]' from the repository")
-    notes.append(f"Not built yet: {', '.join(NOT_BUILT)}")
+    about = machine(parse_device(config.device))
+    seconds: dict[str, list[float]] = {}
+    ends: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="microtome-bench-") as scratch:
-        file = Path(scratch) / "rows.safetensors"
-        _harvest(config, file, Path(scratch) / "tokens")
-        seconds, ends = _train(names, config, file)
+        file = Path(config.rows_file or f"{scratch}/rows.safetensors")
+        if not file.is_file():
+            _harvest(config, file, Path(scratch) / "tokens")
+        for architecture in config.chosen:
+            for seed in range(config.seed, config.seed + config.seeds):
+                task = Task(config, architecture, seed)
+                _add(*_train(sides_of(task), task, file), architecture, seconds, ends)
+        if config.many:
+            sides = ["microtome_given_batches", "microtome_many"]
+            _add(*_train(sides, Task(config, "topk", config.seed), file), "many", seconds, ends)
     speed = {name: rate(config.steps_per_turn, some) for name, some in seconds.items()}
-    theirs = [value for name, value in speed.items() if name.startswith("saelens")]
     return {
         "benchmark": "train",
         "machine": about,
@@ -58,14 +58,48 @@ def run(config: Config) -> dict[str, Any]:
             "steps_per_second": speed,
             "activations_per_second": {name: value * config.batch_size for name, value in speed.items()},
             "seconds": seconds,
-            **{key: {name: end[key] for name, end in ends.items()} for key in END},
+            **{key: {name: [end[key] for end in some] for name, some in ends.items()} for key in END},
         },
-        "ratios": {
-            "topk_vs_saelens": ratio(speed["microtome"], max(theirs, default=None)),
-            **dict.fromkeys(NOT_BUILT),
-        },
-        "notes": notes,
+        "ratios": _ratios(config, speed, ends),
+        "notes": _notes(),
     }
+
+
+def _add(
+    took: dict[str, list[float]],
+    ended: dict[str, dict[str, Any]],
+    label: str,
+    seconds: dict[str, list[float]],
+    ends: dict[str, list[dict[str, Any]]],
+) -> None:
+    """Put what one seed gave to what others gave."""
+    for name, some in took.items():
+        seconds.setdefault(f"{label}/{name}", []).extend(some)
+        ends.setdefault(f"{label}/{name}", []).append(ended[name])
+
+
+def _ratios(config: Config, speed: dict[str, float], ends: dict[str, list[dict[str, Any]]]) -> dict[str, float | None]:
+    ratios: dict[str, float | None] = {f"{architecture}_vs_saelens": None for architecture in ARCHITECTURES}
+    for architecture in config.chosen:
+        ours = f"{architecture}/microtome"
+        for peer in _COMPARED:
+            theirs = [name for name in speed if name.startswith(f"{architecture}/{peer}")]
+            if not theirs:
+                continue
+            fastest = max(theirs, key=speed.__getitem__)
+            ratios[f"{architecture}_vs_{peer}"] = ratio(speed[ours], speed[fastest])
+            errors = [mean(end["fvu"] for end in ends[name]) for name in (ours, fastest)]
+            ratios[f"{architecture}_fvu_vs_{peer}"] = ratio(*errors)
+    if config.many:
+        # The cost of a dictionary on the stream, the stream's own included, to that of one that is given its batches.
+        given, many = speed["many/microtome_given_batches"], speed["many/microtome_many"]
+        ratios["cost_of_one_of_many_vs_alone"] = ratio(given, config.many * many)
+    return ratios
+
+
+def _notes() -> list[str]:
+    missing = {peer.package: peer.install for peer in PEERS.values() if not installed(peer.package)}
+    return [f"{package} is not installed here: {how}" for package, how in missing.items()]
 
 
 @torch.no_grad()
@@ -91,53 +125,14 @@ def _harvest(config: Config, file: Path, scratch: Path) -> None:
     save_file({"train": rows[: config.rows].clone(), "held_out": rows[config.rows : wanted].clone()}, file)
 
 
-def _train(names: list[str], config: Config, file: Path) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
+def _train(names: list[str], task: Task, file: Path) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
     """Seconds of each turn, and what each side says at its end."""
+    config = task.config
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(_Worker(name, config, file)) for name in names}
+        workers = {name: Worker(name, task, file) for name in names}  # all start at once
+        for worker in workers.values():
+            stack.enter_context(worker)
         sides: dict[str, Callable[[], float]] = {name: worker.turn for name, worker in workers.items()}
-        seconds = in_turn(sides, config.steps // config.steps_per_turn - 1, "bench train")
+        label = f"bench train {task.architecture}, seed {task.seed}"
+        seconds = in_turn(sides, config.steps // config.steps_per_turn - 1, label)
         return seconds, {name: worker.end() for name, worker in workers.items()}
-
-
-class _Worker:
-    """A side's process, told through a pipe what to do."""
-
-    def __init__(self, name: str, config: Config, file: Path) -> None:
-        self.name, self.config = name, config
-        context = multiprocessing.get_context("spawn")
-        self.pipe: Connection
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, name, config, str(file)), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def __enter__(self) -> "_Worker":
-        self._answer()  # it is ready: what follows is timed
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pipe.close()  # tells it to go, if it is still there
-        self.process.join(_PATIENCE_S)
-        self.process.terminate()
-        self.process.join()
-
-    def turn(self) -> float:
-        self.pipe.send(self.config.steps_per_turn)
-        return float(self._answer())
-
-    def end(self) -> dict[str, Any]:
-        self.pipe.send(None)
-        end: dict[str, Any] = self._answer()
-        return end
-
-    def _answer(self) -> Any:
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            self.process.join()
-            raise MicrotomeError(
-                f"The process that measures {self.name} ended early",
-                got=f"exit status {self.process.exitcode}",
-                fix="Its own message is above; -9 often means that there was not enough memory",
-            ) from None

@@ -1,30 +1,30 @@
-"""The sides of `microtome bench train`, each run by `serve` in a process of its own.
+"""`microtome bench train`: its settings, what a side is, and Microtome's own sides. `train_peers.py` has the others.
 
-A side is made with the settings and the rows to train on; `step()` is one training step on the next batch of its
-`ActivationStream`, and `reconstruct(x)` is what the dictionary makes of activations x in the end.
+A side is made with a `Task` and the rows to train on; `step()` is one training step on the next batch of its stream, and
+`reconstruct(x)` is what the dictionary makes of activations x in the end.
 """
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 
-from benchmarks.common import ModelAndText, resident_bytes, timed
+from benchmarks.common import ModelAndText
 from microtome.activations import ActivationStream, ArraySource, StreamConfig
 from microtome.common.config import require
-from microtome.common.device import parse_device
-from microtome.dictionary import TopKConfig, TrainConfig
-from microtome.dictionary.evaluate import Moments
-from microtome.dictionary.trainer import STATISTICS_BATCHES, Trainer
+from microtome.dictionary import TrainConfig
+from microtome.dictionary.activation import JumpReLU
+from microtome.dictionary.config import BatchTopKConfig, DictionaryConfig, JumpReLUConfig, ReLUConfig, TopKConfig
+from microtome.dictionary.trainer import Trainer
 
-END = ("fvu", "dead", "start_bytes", "peak_bytes", "peak_gpu_bytes")
+ARCHITECTURES = ("topk", "batchtopk", "relu", "jumprelu")
 _BUFFERED_BATCHES = 8
 Rows = Float[Tensor, "row d"]
 
@@ -32,11 +32,23 @@ Rows = Float[Tensor, "row d"]
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelAndText):
     """`rows` activations to train on, over and over if `steps` need more; `held_out` more to measure FVU on. A turn is
-    `steps_per_turn` steps, and the first turn is not timed.
+    `steps_per_turn` steps, and the first turn is not timed. With `rows_file` the activations are kept in that file, and read
+    from it the next time.
 
+    `architectures` (of topk, batchtopk, relu, jumprelu; commas between them) are trained one after the other, each by its
+    sides in turn, with `seeds` seeds; `sides` leaves other sides than those out. `many` > 0 also trains so many TopK
+    dictionaries on one stream, beside one dictionary that is given its batches.
+
+    `relu_coefficient` and `jumprelu_coefficient` are λ in λ Σ f ‖W_dec,i‖ and λ Σ 1[z > θ] beside a summed squared error, for
+    inputs of mean norm √d: the same number means the same on both sides, and rises over the first twentieth.
     `dead_after` is the number of tokens without a firing after which a latent gets the auxiliary loss, on all sides.
     """
 
+    architectures: str = ",".join(ARCHITECTURES)
+    sides: str = ""
+    seeds: int = 1
+    many: int = 0
+    rows_file: str = ""
     rows: int = 131_072
     held_out: int = 16_384
     d_sae: int = 4608
@@ -47,10 +59,15 @@ class Config(ModelAndText):
     lr: float = 1e-3
     warmup_steps: int = 20
     decay_fraction: float = 0.3
+    relu_coefficient: float = 5.0
+    jumprelu_coefficient: float = 1.0
     dead_after: int = 1_000_000
     seed: int = 0
 
     def __post_init__(self) -> None:
+        unknown = set(self.chosen) - set(ARCHITECTURES)
+        require(bool(self.chosen) and not unknown, f"architectures are of {ARCHITECTURES}", got=self.architectures)
+        require(self.seeds > 0 and self.many >= 0, "seeds must be positive, many not negative")
         require(self.rows >= self.batch_size > 0, "rows must hold a batch", got=self.rows)
         require(self.held_out > 1, "held_out must be at least two rows", got=self.held_out)
         require(self.warmup_steps != 1, "warmup_steps must be 0 or at least 2", got=self.warmup_steps)
@@ -61,6 +78,11 @@ class Config(ModelAndText):
         )
 
     @property
+    def chosen(self) -> tuple[str, ...]:
+        """The architectures to train."""
+        return tuple(filter(None, self.architectures.split(",")))
+
+    @property
     def buffer_size(self) -> int:
         return _BUFFERED_BATCHES * self.batch_size
 
@@ -69,9 +91,35 @@ class Config(ModelAndText):
         return self.steps * self.batch_size
 
 
-def source_of(rows: Rows, config: Config) -> ArraySource:
-    """The rows, as taken at the config's hook point."""
-    return ArraySource(rows, hook_names=config.hook_name, model_name=config.model)
+@dataclass(frozen=True)
+class Task:
+    """What all sides are given: the sizes, an architecture, and a seed."""
+
+    config: Config
+    architecture: str
+    seed: int
+
+    def batches(self, rows: Rows) -> Iterator[Rows]:
+        """The batches that Microtome's trainer takes, as fp32."""
+        config = self.config
+        stream = StreamConfig(batch_size=config.batch_size, buffer_size=config.buffer_size, seed=self.seed)
+        return (batch.float() for batch in ActivationStream(self.source(rows), stream))
+
+    def source(self, rows: Rows) -> ArraySource:
+        """The rows, as taken at the config's hook point."""
+        return ArraySource(rows, hook_names=self.config.hook_name, model_name=self.config.model)
+
+    def dictionary(self) -> DictionaryConfig:
+        """The dictionary to train."""
+        config = self.config
+        sizes: dict[str, Any] = {"d_sae": config.d_sae, "dead_after": config.dead_after}
+        made: dict[str, Callable[[], DictionaryConfig]] = {
+            "topk": lambda: TopKConfig(**sizes, k=config.k),
+            "batchtopk": lambda: BatchTopKConfig(**sizes, k=config.k),
+            "relu": lambda: ReLUConfig(**sizes, coefficient=config.relu_coefficient),
+            "jumprelu": lambda: JumpReLUConfig(**sizes, coefficient=config.jumprelu_coefficient),
+        }
+        return made[self.architecture]()
 
 
 class Side(Protocol):
@@ -80,18 +128,19 @@ class Side(Protocol):
     def step(self) -> object:
         """One training step."""
 
-    def reconstruct(self, x: Rows) -> Rows:
-        """The reconstruction of raw activations."""
+    def reconstruct(self, x: Rows) -> tuple[Rows, int]:
+        """The reconstruction of raw activations, and how many latents fired in all."""
 
     def n_dead(self) -> int:
         """Latents that have not fired for `dead_after` tokens."""
 
 
 class Microtome:
-    """The trainer of `microtome.train`, with its usual settings."""
+    """The trainer of `microtome.train`, with its usual settings, for `many` dictionaries. Without a `stream` it is given the
+    same eight batches again and again, which cost nothing to make."""
 
-    def __init__(self, config: Config, rows: Rows) -> None:
-        architecture = TopKConfig(d_sae=config.d_sae, k=config.k, dead_after=config.dead_after)
+    def __init__(self, task: Task, rows: Rows, *, many: int = 1, stream: bool = True) -> None:
+        config = task.config
         settings = TrainConfig(
             n_tokens=config.n_tokens,
             batch_size=config.batch_size,
@@ -99,117 +148,31 @@ class Microtome:
             lr=config.lr,
             warmup_steps=config.warmup_steps,
             decay_fraction=config.decay_fraction,
-            seed=config.seed,
+            seed=task.seed,
             device=config.device,
         )
-        self._folder = tempfile.TemporaryDirectory(prefix="microtome-bench-")
-        out = Path(self._folder.name) / "dictionary"
-        self.trainer = Trainer([architecture], source_of(rows, config), out, settings)
+        self.folder = tempfile.TemporaryDirectory(prefix="microtome-bench-")
+        out = Path(self.folder.name) / "dictionary"
+        dictionaries = [replace(task.dictionary(), seed=task.seed + i) for i in range(many)]
+        self.task = task
+        self.trainer = Trainer(dictionaries, task.source(rows), out, settings, single=many == 1)
         self.batches = self.trainer.begin()
+        if not stream:
+            self.batches = itertools.cycle(list(itertools.islice(self.batches, _BUFFERED_BATCHES)))
 
     def step(self) -> object:
         return self.trainer.train_step(next(self.batches))
 
     @torch.no_grad()
-    def reconstruct(self, x: Rows) -> Rows:
+    def reconstruct(self, x: Rows) -> tuple[Rows, int]:
         trainer = self.trainer
-        reconstruction: Tensor = trainer.groups[0].export(0, trainer.scales, {"model_name": "bench"})(x)
-        return reconstruction
+        sae = trainer.groups[0].export(0, trainer.scales, {"model_name": "bench"})
+        if isinstance(sae.activation, JumpReLU) and self.task.architecture == "batchtopk":
+            # The k · n largest of these rows, as the peers do.
+            pre = functional.linear(x - sae.b_dec, sae.encoder, sae.b_enc).flatten()
+            sae.activation.threshold.fill_(float(pre.topk(self.task.config.k * len(x)).values.min()) * (1 - 1e-6))
+        codes = sae.encode(x)
+        return sae.decode(codes), int((codes.values > 0).sum())
 
     def n_dead(self) -> int:
-        return int(self.trainer.groups[0].dead.sum())
-
-
-class SAELens:
-    """SAELens's TopKTrainingSAE in its SAETrainer, on the same batches with the same learning rates."""
-
-    def __init__(self, config: Config, rows: Rows, *, sparse: bool = False, autocast: bool = False) -> None:
-        from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-        from sae_lens.config import SAETrainerConfig
-        from sae_lens.training.sae_trainer import SAETrainer
-
-        torch.manual_seed(config.seed)
-        device = str(parse_device(config.device))
-        sae = TopKTrainingSAE(
-            TopKTrainingSAEConfig(
-                d_in=rows.shape[1],
-                d_sae=config.d_sae,
-                k=config.k,
-                device=device,
-                normalize_activations="expected_average_only_in",
-                use_sparse_activations=sparse,
-                rescale_acts_by_decoder_norm=not sparse,  # its sparse codes cannot be rescaled in training
-            )
-        )
-        settings = SAETrainerConfig(
-            total_training_samples=config.n_tokens,
-            train_batch_size_samples=config.batch_size,
-            lr=config.lr,
-            lr_end=config.lr / 10,  # must be given, and is not used by the constant scheduler
-            lr_warm_up_steps=config.warmup_steps,
-            lr_decay_steps=int(config.steps * config.decay_fraction),
-            device=device,
-            autocast=autocast,
-            dead_feature_window=config.dead_after // config.batch_size,
-        )
-        self.trainer = SAETrainer(cfg=settings, sae=sae, data_provider=_batches(rows, config))
-        sae.to(device)
-        self.trainer.activation_scaler.estimate_scaling_factor(
-            rows.shape[1], _batches(rows, config), n_batches_for_norm_estimate=STATISTICS_BATCHES
-        )
-
-    def step(self) -> object:
-        """What the loop of `SAETrainer.fit` does, less its logs and progress bar."""
-        self.trainer.maybe_reset_sparsity()
-        output = self.trainer.step(next(self.trainer.data_provider))
-        self.trainer.n_training_steps += 1
-        return output
-
-    @torch.no_grad()
-    def reconstruct(self, x: Rows) -> Rows:
-        sae, scaler = self.trainer.sae, self.trainer.activation_scaler
-        sae.eval()
-        reconstruction: Tensor = scaler.unscale(sae.decode(sae.encode(scaler(x))))
-        return reconstruction
-
-    def n_dead(self) -> int:
-        return int(self.trainer.dead_neurons.sum())
-
-
-def _batches(rows: Rows, config: Config) -> Iterator[Rows]:
-    """The batches that Microtome's trainer takes, as fp32."""
-    settings = StreamConfig(batch_size=config.batch_size, buffer_size=config.buffer_size, seed=config.seed)
-    return (batch.float() for batch in ActivationStream(source_of(rows, config), settings))
-
-
-SIDES: dict[str, Callable[[Config, Rows], Side]] = {
-    "microtome": Microtome,
-    "saelens_fp32": SAELens,
-    "saelens_fp32_sparse": lambda config, rows: SAELens(config, rows, sparse=True),
-    "saelens_autocast": lambda config, rows: SAELens(config, rows, autocast=True),
-}
-
-
-def serve(pipe: Connection, name: str, config: Config, file: str) -> None:
-    """Make the side, then answer: a number of steps with the seconds that they took, None with the figures of the end."""
-    device = parse_device(config.device)
-    rows = load_file(file)
-    side = SIDES[name](config, rows["train"])
-    start = resident_bytes("VmRSS")
-    pipe.send("ready")
-    try:
-        while (steps := pipe.recv()) is not None:
-            pipe.send(timed(lambda: [side.step() for _ in range(steps)] and None, device))
-        pipe.send(_end(side, rows["held_out"], device, start))
-    except (EOFError, KeyboardInterrupt):
-        return  # whoever asked has gone
-
-
-def _end(side: Side, held_out: Rows, device: torch.device, start: int) -> dict[str, Any]:
-    peak = resident_bytes("VmHWM")
-    peak_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    moments = Moments(held_out.shape[1])
-    for x in held_out.float().split(_BLOCK):
-        moments.add(x, side.reconstruct(x.to(device)).float().cpu())
-    figures = (moments.fvu(), side.n_dead(), start, peak, peak_gpu)
-    return dict(zip(END, figures, strict=True))
+        return int(self.trainer.groups[0].dead[0].sum())

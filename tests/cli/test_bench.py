@@ -2,6 +2,7 @@
 No speed is asserted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from benchmarks import model as model_benchmark
 from benchmarks import parity as parity_benchmark
 from benchmarks import patch as patch_benchmark
 from benchmarks import train as train_benchmark
+from benchmarks import train_worker
 from benchmarks.agreement import TOP, Agreement, common_top
 from benchmarks.common import in_turn, installed, rate, ratio, resident_bytes
 from benchmarks.harvest import bare_activations
 from benchmarks.model_sides import Inputs, works
+from benchmarks.train_sides import Config, Microtome, Task
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from microtome.circuits import Graph
@@ -108,24 +112,64 @@ def test_both_sides_of_harvest_compute_the_same(tiny_llama: HookedModel) -> None
     assert not tiny_llama.hf.model.layers[2]._forward_pre_hooks
 
 
-def test_train(tiny_inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    result = bench(capsys, "train", *tiny_inputs, *TRAIN)
+def test_train(tiny_inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TRAIN, "architectures=topk,batchtopk", "sides=saelens_fp32", "many=2", f"rows_file={tmp_path / 'rows'}"]
+    result = bench(capsys, "train", *tiny_inputs, *words)
     figures = result["figures"]
     speed = figures["steps_per_second"]
-    peers = [name for name in speed if name != "microtome"]
-    assert len(peers) == (3 if installed("sae_lens") else 0)
-    assert {len(some) for some in figures["seconds"].values()} == {2}
+    ours = ["topk/microtome", "batchtopk/microtome", "many/microtome_given_batches", "many/microtome_many"]
+    theirs = ["topk/saelens_fp32", "batchtopk/saelens_fp32"] if installed("sae_lens") else []
+    assert set(speed) == {*ours, *theirs}
     for name in speed:
         first, second = figures["seconds"][name]
         assert speed[name] == pytest.approx(2 / ((first + second) / 2))
         assert figures["activations_per_second"][name] == pytest.approx(64 * speed[name])
-        assert 0 < figures["start_bytes"][name] <= figures["peak_bytes"][name]
-        assert figures["fvu"][name] > 0
-    assert figures["fvu"]["microtome"] < 1
-    expected = speed["microtome"] / max(speed[name] for name in peers) if peers else None
-    missing = dict.fromkeys(train_benchmark.NOT_BUILT)
-    assert result["ratios"] == {"topk_vs_saelens": expected, **missing}
-    assert all(name in result["notes"][-1] for name in missing)
+        assert 0 < figures["start_bytes"][name][0] <= figures["peak_bytes"][name][0]
+        assert 0 < figures["fvu"][name][0] < 1
+        assert figures["l0"][name][0] == pytest.approx(4, abs=0.1)
+    assert load_file(tmp_path / "rows")["held_out"].shape == (64, 32)
+    ratios = result["ratios"]
+    for architecture in ("topk", "batchtopk"):
+        expected = quotient(speed, f"{architecture}/microtome", f"{architecture}/saelens_fp32")
+        assert ratios[f"{architecture}_vs_saelens"] == expected
+    assert ratios["relu_vs_saelens"] is ratios["jumprelu_vs_saelens"] is None
+    assert ratios["cost_of_one_of_many_vs_alone"] == speed[ours[2]] / (2 * speed[ours[3]])
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])
+def test_what_a_side_says_of_held_out_rows_is_what_its_dictionary_does(architecture: str) -> None:
+    config = Config(rows=256, d_sae=64, k=4, batch_size=64, steps=4, steps_per_turn=2, device="cpu")
+    rows = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
+    side = Microtome(Task(config, architecture, 3), rows)
+    with side.folder:
+        side.step()
+    reconstruction, fired = side.reconstruct(rows[:64])
+    sae = side.trainer.groups[0].export(0, side.trainer.scales, {"model_name": "bench"})
+    codes = sae.encode(rows[:64]).to_dense()
+    if architecture == "batchtopk":
+        pre = (rows[:64] - sae.b_dec) @ sae.W_enc + sae.b_enc
+        codes = pre * (pre >= pre.flatten().sort().values[-4 * 64])
+    assert fired == int((codes > 0).sum())
+    torch.testing.assert_close(reconstruction, codes @ sae.W_dec + sae.b_dec)
+    assert side.n_dead() == 0
+
+
+def test_ratios_of_train_are_to_the_fastest_setting() -> None:
+    speed = {"topk/microtome": 6.0, "topk/saelens_fp32": 1.0, "topk/saelens_autocast": 2.0, "topk/sparsify_fp32": 3.0}
+    fvu = {"topk/microtome": (0.1, 0.3), "topk/saelens_fp32": (9.0, 9.0), "topk/saelens_autocast": (0.2, 0.2)}
+    ends = {name: [{"fvu": value} for value in fvu.get(name, (0.4, 0.4))] for name in speed}
+    ratios = train_benchmark._ratios(Config(architectures="topk"), speed, ends)
+    assert ratios["topk_vs_saelens"] == 3.0
+    assert ratios["topk_vs_sparsify"] == 2.0
+    assert ratios["topk_fvu_vs_saelens"] == pytest.approx(1.0)
+    assert ratios["topk_fvu_vs_sparsify"] == pytest.approx(0.5)
+    assert ratios["relu_vs_saelens"] is None
+
+
+@pytest.mark.parametrize("wrong", [{"architectures": "topk,lasso"}, {"seeds": 0}, {"many": -1}, {"rows": 5}])
+def test_train_refuses_settings_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Config(**wrong)
 
 
 def test_model(tiny_inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,14 +287,17 @@ def test_patch(
     assert result["figures"]["path_patching_seconds"]["3 prompts"] > 0
 
 
-def test_a_missing_peer_is_null_and_says_how_to_install_it(
-    tiny_inputs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(train_benchmark, "PEER", "a_package_that_is_not_there")
-    result = bench(capsys, "train", *tiny_inputs, *TRAIN)
-    assert result["ratios"]["topk_vs_saelens"] is None
-    assert list(result["figures"]["steps_per_second"]) == ["microtome"]
-    assert any("pip install 'sae-lens" in note for note in result["notes"])
+def test_a_missing_peer_is_null_and_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        train_worker,
+        "PEERS",
+        {"saelens_fp32": replace(train_worker.PEERS["saelens_fp32"], package="a_package_that_is_not_there")},
+    )
+    monkeypatch.setattr(train_benchmark, "PEERS", train_worker.PEERS)
+    assert train_worker.sides_of(Task(Config(), "topk", 0)) == ["microtome"]
+    assert train_benchmark._notes() == [
+        "a_package_that_is_not_there is not installed here: pip install 'sae-lens>=6,<7'"
+    ]
 
 
 def test_text_shows_figures_and_ratios(tiny_inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -237,7 +237,7 @@ class TopKConfig(DictionaryConfig):
 @dataclass(frozen=True, kw_only=True)
 class BatchTopKConfig(TopKConfig):
     """The k · n largest pre-activations of a batch of n rows. In use a latent fires above a threshold: the mean over
-    training, with decay `threshold_decay`, of the smallest value kept."""
+    training, with decay `threshold_decay` (less in the first steps), of the smallest value kept."""
 
     architecture = "batchtopk"
     threshold_decay: float = 0.99

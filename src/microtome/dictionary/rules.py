@@ -127,6 +127,8 @@ class BatchTopKRule(TopKRule):
         super().__init__(configs)
         self.threshold: Tensor
         self.register_buffer("threshold", torch.full((len(configs),), -1.0))
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(()))
 
     def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
         scores = pre if self.config.unit_norms else pre * step.norms[:, None].detach().to(pre.dtype)
@@ -148,7 +150,9 @@ class BatchTopKRule(TopKRule):
     def observe(self, f: Entries, kept: Kept, step: Step) -> None:
         assert isinstance(self.config, BatchTopKConfig)
         smallest = kept.member_minima(f * kept.latent(step.norms))
-        decay = self.config.threshold_decay
+        # A young mean forgets sooner: else the first steps, when values are others, would stay in it for long.
+        decay = ((1 + self.seen) / (10 + self.seen)).clamp_max(self.config.threshold_decay)
+        self.seen += 1
         moved = torch.where(self.threshold < 0, smallest, decay * self.threshold + (1 - decay) * smallest)
         self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
 

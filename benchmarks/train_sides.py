@@ -19,7 +19,7 @@ from torch.nn import functional
 from benchmarks.common import ModelAndText
 from microtome.activations import ActivationStream, ArraySource, StreamConfig
 from microtome.common.config import require
-from microtome.dictionary import TrainConfig
+from microtome.dictionary import Dictionary, TrainConfig
 from microtome.dictionary.activation import JumpReLU
 from microtome.dictionary.config import BatchTopKConfig, DictionaryConfig, JumpReLUConfig, ReLUConfig, TopKConfig
 from microtome.dictionary.trainer import Trainer
@@ -167,6 +167,7 @@ class Microtome:
     def reconstruct(self, x: Rows) -> tuple[Rows, int]:
         trainer = self.trainer
         sae = trainer.groups[0].export(0, trainer.scales, {"model_name": "bench"})
+        assert isinstance(sae, Dictionary)
         if isinstance(sae.activation, JumpReLU) and self.task.architecture == "batchtopk":
             # The k · n largest of these rows, as the peers do.
             pre = functional.linear(x - sae.b_dec, sae.encoder, sae.b_enc).flatten()

@@ -145,6 +145,7 @@ def test_what_a_side_says_of_held_out_rows_is_what_its_dictionary_does(architect
         side.step()
     reconstruction, fired = side.reconstruct(rows[:64])
     sae = side.trainer.groups[0].export(0, side.trainer.scales, {"model_name": "bench"})
+    assert isinstance(sae, Dictionary)
     codes = sae.encode(rows[:64]).to_dense()
     if architecture == "batchtopk":
         pre = (rows[:64] - sae.b_dec) @ sae.W_enc + sae.b_enc

@@ -54,7 +54,9 @@ def test_resampled_latents_fire_again(name: str) -> None:
     assert not bool(stack.step(x, x, variance=float(D)).fired[0, dead].any())
 
     before = {part: p.detach().clone() for part, p in stack.named_parameters()}
-    moments = {part: optimiser.state[p]["exp_avg"].clone() for part, p in stack.named_parameters() if p in optimiser.state}
+    moments = {
+        part: optimiser.state[p]["exp_avg"].clone() for part, p in stack.named_parameters() if p in optimiser.state
+    }
     resample(stack, optimiser, 0, dead, x[0], x[0], generator=torch.Generator().manual_seed(0))
 
     assert bool(stack.step(x, x, variance=float(D)).fired[0, dead].all())

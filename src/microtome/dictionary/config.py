@@ -28,8 +28,9 @@ class DictionaryConfig:
     crosscoder, or with `cross_layer` a cross-layer transcoder.
 
     Weights: `norms` "unit" keeps decoder rows at unit norm, "free" lets them be ("auto": free for transcoders, and for
-    ReLU autoencoders, see `L1Config`; else unit). `center` subtracts b_dec from an autoencoder's input; b_dec begins at `b_dec_start`. `tied` uses
-    the decoder's rows as the encoder's. `fine_tune` begins with the weights of a dictionary on disk.
+    ReLU autoencoders, see `L1Config`; else unit). `center` subtracts b_dec from an autoencoder's input; b_dec begins at
+    `b_dec_start`. `tied` uses the decoder's rows as the encoder's. `fine_tune` begins with the weights of a dictionary
+    on disk.
 
     Dead latents, those silent for `dead_after` tokens: `revival` "aux" lets `aux_k` of them (None: half of d_out)
     model the error, with the weight `aux_coefficient` (Gao et al. 2024, A.2); "resample" gives them new weights every

@@ -12,6 +12,7 @@ from benchmarks import attribute as attribute_benchmark
 from benchmarks import model as model_benchmark
 from benchmarks import parity as parity_benchmark
 from benchmarks import patch as patch_benchmark
+from benchmarks import synthetic as synthetic_benchmark
 from benchmarks import train as train_benchmark
 from benchmarks import train_worker
 from benchmarks.agreement import TOP, Agreement, common_top
@@ -28,7 +29,7 @@ from microtome.cli.main import main
 from microtome.common.device import cpu_has_bf16
 from microtome.common.errors import ConfigError, MissingDependencyError
 from microtome.dictionary import Dictionary, Origin, save_dictionary
-from microtome.dictionary.activation import TopK
+from microtome.dictionary.activation import ReLU, TopK
 from microtome.model import HookedModel
 
 HARVEST = ["layer=1", "context=24", "batch_tokens=120", "tokens=480", "rounds=3", "compare_tokens=960", "device=cpu"]
@@ -373,7 +374,8 @@ def test_without_the_repository(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_size_is_answered_with_the_right_ones(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    right, wrong = ("rounds", "roundz") if name in ("patch", "attribute") else ("context", "contxt")
+    names = {"patch": ("rounds", "roundz"), "attribute": ("rounds", "roundz"), "synthetic": ("features", "featurs")}
+    right, wrong = names.get(name, ("context", "contxt"))
     assert main(["bench", name, "--set", f"{wrong}=3"]) == 1
     assert right in capsys.readouterr().err
 
@@ -402,3 +404,58 @@ def test_attribute(
     assert result["ratios"] == {f"{name}_vs_passes": best[name] / best["passes"] for name in ("heads", "eap", "eap_ig")}
     assert result["sizes"]["edges"] == Graph.of(tiny_llama).n_edges
     assert set(result["figures"]["peak_bytes"]) == {"passes", "heads", "eap"}
+
+
+SYNTHETIC = [
+    *("features=8", "d=8", "l0=2", "d_sae=12", "seeds=2", "rows=2048", "held_out=512", "tokens=12800", "batch_size=64"),
+    *('data=["zipf"]', 'architectures=["topk", "standard"]', "lr=0.01"),
+]
+
+
+def test_synthetic(capsys: pytest.CaptureFixture[str]) -> None:
+    result = bench(capsys, "synthetic", *SYNTHETIC)
+    figures = result["figures"]["zipf"]
+    assert list(figures) == ["topk", "standard"]
+    for row in figures.values():
+        assert {len(row[name]["seeds"]) for name in ("mmcs", "recall", "f1", "fvu", "l0", "dead")} == {2}
+        for name in ("mmcs", "recall", "f1"):
+            assert 0 <= min(row[name]["seeds"]) <= row[name]["mean"] <= max(row[name]["seeds"]) <= 1
+    assert figures["topk"]["l0"]["mean"] == pytest.approx(2.0, abs=0.1)
+    assert figures["topk"]["mmcs"]["mean"] > 0.8  # eight random directions in eight dimensions come to about 0.6
+    assert figures["standard"]["coefficient"] > 0
+    assert "| topk |" in result["notes"][0]
+
+
+@pytest.mark.parametrize("kind", synthetic_benchmark.DATA)
+def test_synthetic_data_has_the_l0_that_was_said(kind: str) -> None:
+    config = synthetic_benchmark.Config(features=16, d=12, l0=3)
+    x, codes = synthetic_benchmark.make_data(kind, config, 0).sample(20_000, torch.Generator().manual_seed(0))
+    assert x.shape == (20_000, 12)
+    assert float((codes > 0).sum(1).double().mean()) == pytest.approx(3.0, rel=0.05)
+
+
+def test_synthetic_scores_by_hand() -> None:
+    """Two features in the plane, three latents: the first exact, the second turned by 36.9°, the third never fires."""
+    sae = Dictionary(2, 3, ReLU(), origin=Origin.at("synthetic", "synthetic"), center=False).requires_grad_(False)
+    with torch.no_grad():
+        sae.encoder.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+        sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.6, 0.8], [-1.0, 0.0]]))
+    codes = torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 0.0], [0.0, 0.0]])
+    x = codes.clone()
+    x[3] = torch.tensor([0.0, 1.0])  # the second latent fires, and its feature does not
+    found = synthetic_benchmark.scores(sae, torch.eye(2), x, codes, found=0.9)
+    assert found.mmcs == pytest.approx((1.0 + 0.8) / 2)
+    assert found.recall == 0.5
+    assert found.f1 == pytest.approx((1.0 + 2 / 3) / 2)
+    assert found.l0 == pytest.approx(4 / 4)
+    assert found.dead == 1
+    # Errors: row 1 (1.2, 1.6) − (0, 2) = (1.2, −0.4); row 3 (0.6, 0.8) − (0, 1) = (0.6, −0.2).
+    variance = (x - x.mean(0)).square().sum()
+    assert found.fvu == pytest.approx((1.44 + 0.16 + 0.36 + 0.04) / float(variance))
+
+
+def test_synthetic_intervals_are_student_s() -> None:
+    found = synthetic_benchmark.summary([1.0, 2.0, 3.0])
+    assert found["mean"] == 2.0
+    assert found["interval"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5])
+    assert synthetic_benchmark.summary([1.0])["interval"] is None

@@ -64,7 +64,7 @@ class Options(TextOptions):
     buffer_size: int = 0
     """Activations in the shuffle buffer (0: as many as there are, up to 262,144)."""
     lr: float | None = None
-    """Peak learning rate (default: 2e-4 / sqrt(d_sae / 16384))."""
+    """Peak learning rate (default: 1e-3 / sqrt(d_sae / 16384), at most 3e-3)."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises."""
     decay_fraction: float = 0.3

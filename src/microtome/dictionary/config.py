@@ -23,28 +23,22 @@ from microtome.common.errors import ConfigError, unknown_name
 class DictionaryConfig:
     """What all dictionaries have.
 
-        Where: `inputs` are the hook points that are read (none: the source's), `outputs` those that are predicted (none:
-        the inputs). Other outputs than inputs make a transcoder, `skip` gives it a linear path; several points make a
-        crosscoder, or with `cross_layer` a cross-layer transcoder.
+    Where: `inputs` are the hook points that are read (none: the source's), `outputs` those that are predicted (none:
+    the inputs). Other outputs than inputs make a transcoder, `skip` gives it a linear path; several points make a
+    crosscoder, or with `cross_layer` a cross-layer transcoder.
 
-        Weights: `norms` "unit" keeps decoder rows at unit norm, "free" lets them be ("auto": free for transcoders, and for
-    <<<<<<< HEAD
-        ReLU autoencoders, see `L1Config`; else unit). `center` subtracts b_dec from an autoencoder's input;
-        b_dec begins at `b_dec_start`. `tied` uses the decoder's rows as the encoder's. `fine_tune` begins with the weights of
-        a dictionary on disk.
-    =======
-        ReLU autoencoders, see `L1Config`; else unit). `center` subtracts b_dec from an autoencoder's input; b_dec begins at
-        `b_dec_start`. `tied` uses the decoder's rows as the encoder's. `fine_tune` begins with the weights of a dictionary
-        on disk.
-    >>>>>>> h8
+    Weights: `norms` "unit" keeps decoder rows at unit norm, "free" lets them be ("auto": free for transcoders, and for
+    ReLU autoencoders, see `L1Config`; else unit). `center` subtracts b_dec from an autoencoder's input; b_dec begins at
+    `b_dec_start`. `tied` uses the decoder's rows as the encoder's. `fine_tune` begins with the weights of a dictionary
+    on disk.
 
-        Dead latents, those silent for `dead_after` tokens: `revival` "aux" lets `aux_k` of them (None: half of d_out)
-        model the error, with the weight `aux_coefficient` (Gao et al. 2024, A.2); "resample" gives them new weights every
-        `resample_every` steps until the share `resample_until` of the run (Bricken et al. 2023, "Neuron resampling");
-        "ghost" lets all of them model the error with exponential activations (Jermyn and Templeton 2024).
+    Dead latents, those silent for `dead_after` tokens: `revival` "aux" lets `aux_k` of them (None: half of d_out)
+    model the error, with the weight `aux_coefficient` (Gao et al. 2024, A.2); "resample" gives them new weights every
+    `resample_every` steps until the share `resample_until` of the run (Bricken et al. 2023, "Neuron resampling");
+    "ghost" lets all of them model the error with exponential activations (Jermyn and Templeton 2024).
 
-        Rows whose distance to b_dec is more than `outlier_cap` times the usual count less, so that attention sinks do not
-        lead (None: all count alike). `lr` None takes the training's. Gradients longer than `clip_norm` are shortened.
+    Rows whose distance to b_dec is more than `outlier_cap` times the usual count less, so that attention sinks do not
+    lead (None: all count alike). `lr` None takes the training's. Gradients longer than `clip_norm` are shortened.
     """
 
     architecture: ClassVar[str]

@@ -183,7 +183,8 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     np.testing.assert_allclose(rates[10:80], 1.0)
     np.testing.assert_allclose(rates[80:], np.arange(20, 0, -1) / 20)
     assert TrainConfig().lr_at(200, 4096) == pytest.approx(2e-3)
-    assert TrainConfig().lr_at(200, 64) == pytest.approx(3e-3), "small dictionaries do not go faster still"
+    assert TrainConfig().lr_at(200, 65_536) == pytest.approx(5e-4)
+    assert TrainConfig().lr_at(200, 64) == pytest.approx(3e-3)
 
 
 def test_figures_go_to_tensorboard(tmp_path: Path) -> None:

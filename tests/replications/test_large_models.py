@@ -84,12 +84,12 @@ def test_a_dictionary_of_another_point_is_refused(
 @pytest.mark.slow
 def test_the_recipe_trains_and_reports(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("The cat sat on the mat, and the dog looked on. Whisk the eggs with sugar until pale.\n" * 200)
+    text.write_text("The cat sat on the mat, and the dog looked on. Whisk the eggs with sugar until pale.\n" * 1500)
     command = tmp_path / "bin" / "microtome"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m microtome.cli.main "$@"\n')
     command.chmod(0o755)
-    sizes = {"TOKENS": 6000, "MEASURED": 4000, "CONTEXT": 32, "D_SAE": 128, "K": 4, "BATCH": 64, "LAYER": 3}
+    sizes = {"TOKENS": 6000, "MEASURED": 24000, "CONTEXT": 32, "D_SAE": 128, "K": 4, "BATCH": 64, "LAYER": 3}
     out = tmp_path / "out"
     settings = {
         **os.environ,

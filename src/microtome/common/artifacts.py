@@ -58,6 +58,11 @@ class Draft:
         self.writer.release()
         return self.target
 
+    def discard(self) -> None:
+        """Remove what was made so far: for a kind that cannot be resumed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.writer.release()
+
 
 def draft(
     target: str | Path,

@@ -186,7 +186,8 @@ def _clusters_table(clusters: dict[str, Clusters | None]) -> Table:
 def specificity_section(study: Study) -> Found:
     """The proxies of features and of neurons; and of neurons cut to the features' density, since rare things are specific."""
     firings = study.neurons.firings
-    n = max(TOP, int(np.median(study.features.firings.counts[study.specific[0].latents])))
+    counts = study.features.firings.counts[study.specific[0].latents]
+    n = max(TOP, int(np.median(counts))) if len(counts) else TOP
     cut = specificity(firings.strongest(n))
     kinds = {"features": study.specific[0], "neurons": study.specific[1], f"neurons, strongest {n} firings": cut}
     claims = [
@@ -224,9 +225,10 @@ def specificity_section(study: Study) -> Found:
 
 
 def _better(one: Specificity, other: Specificity, proxy: str) -> float:
-    """The chance that one of the first is more specific; less entropy is more specific."""
+    """The chance that one of the first is more specific (less entropy is more specific); NaN where there are none."""
     sign = -1 if proxy == "entropy" else 1
-    return chance_greater(sign * getattr(one, proxy), sign * getattr(other, proxy))
+    first, second = getattr(one, proxy), getattr(other, proxy)
+    return chance_greater(sign * first, sign * second) if len(first) and len(second) else float("nan")
 
 
 def _more_specific(features: Specificity, other: Specificity, name: str, words: str, least: float) -> Claim:

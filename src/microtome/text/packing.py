@@ -9,7 +9,6 @@ document ends exactly at the end of a sequence, the next BOS separates already a
 not fill the last sequence is left out and counted. Tokens go to the disk as they come: memory holds one batch.
 """
 
-import shutil
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -94,7 +93,7 @@ def tokenize_corpus(
         write_json(artifact.folder / SUMMARY, {**counts, "files": files})
         artifact.publish(overwrite=overwrite, corpus=corpus.describe())
     except BaseException:
-        shutil.rmtree(artifact.folder, ignore_errors=True)
+        artifact.discard()
         raise
     if counts["n_bos_in_text"]:
         warnings.warn(

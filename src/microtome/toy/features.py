@@ -42,7 +42,7 @@ class Features:
     """
 
     n_features: int
-    density: float | Sequence[float] | Tensor
+    density: float | Sequence[float] | Sequence[Sequence[float]] | Tensor
     n_instances: int = 1
     firing: Firing = field(default_factory=Independent)
     magnitude: Magnitude = "unit"

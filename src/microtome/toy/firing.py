@@ -190,7 +190,9 @@ def _check_groups(density: Density, size: int) -> None:
     require(size > 0 and n % size == 0, f"Groups of {size} must fill the features", got=f"{n} features")
 
 
-def as_density(values: float | Sequence[float] | Tensor, n_instances: int, n_features: int) -> Density:
+def as_density(
+    values: float | Sequence[float] | Sequence[Sequence[float]] | Tensor, n_instances: int, n_features: int
+) -> Density:
     """`[instance, feature]` densities from one number, one for each instance, or all of them.
 
     Raises ConfigError for another shape, or values that are no probabilities.

@@ -257,7 +257,7 @@ def feature_section(study: Study) -> Found:
                 latent,
                 float(study.features.firings.density[latent]),
                 " ".join(f"{token} {share:.0%}" for token, share in contexts.tokens(latent, 3)),
-                f"{best.before}【{best.token}】{best.behind}",
+                f"{best.before}«{best.token}»{best.behind}",
                 " ".join(contexts.strings.one(token) for token in raised),
             ]
         )

@@ -6,7 +6,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from microtome.common.errors import ConfigError
-from microtome.dictionary import SparseCodes
+from microtome.dictionary import Dictionary, Origin, SparseCodes
+from microtome.dictionary.activation import Activation, GroupMax, TopK
 from microtome.dictionary.config import (
     BatchTopKConfig,
     JumpReLUConfig,
@@ -193,3 +194,13 @@ def test_configs_that_cannot_be(wrong: dict[str, object], message: str) -> None:
 )
 def test_a_config_comes_back_from_its_description(config: TopKConfig) -> None:
     assert parse_config(describe(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [(TopK(9), "k must be at most"), (GroupMax(3), "8 latents in 3 groups")],
+    ids=["topk", "groupmax"],
+)
+def test_activations_that_do_not_fit_the_dictionary(activation: Activation, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Dictionary(4, 8, activation, origin=Origin.at("tiny", "blocks.0.hook_resid_pre"))

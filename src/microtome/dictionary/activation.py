@@ -12,6 +12,7 @@ numbers so that `c · pre` gives `c · f`, which is what folds input scales and 
 | `Gated`    | 1[π > 0] · ReLU(e^r ⊙ (π − b_gate) + b_mag), π = pre      | Rajamanoharan et al. 2024, 2404.16014    |
 """
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -23,14 +24,17 @@ from microtome.dictionary.codes import SparseCodes
 from microtome.dictionary.selection import top_k
 
 
-class Activation(nn.Module):
+class Activation(nn.Module, ABC):
     """From pre-activations to codes. `bias` is the dictionary's b_enc, which `Gated` needs (there it is b_gate)."""
 
     name: ClassVar[str]
 
+    @abstractmethod
     def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
         """The codes of each row."""
-        raise NotImplementedError
+
+    def check(self, d_sae: int) -> None:
+        """Raise ConfigError where the activation cannot serve so many latents."""
 
     def scale_(self, c: Float[Tensor, "..."]) -> None:
         """Fit the module's numbers to pre-activations that are `c` times as large: a factor for all latents, or one for
@@ -60,6 +64,9 @@ class TopK(Activation):
         indices = top_k(pre, self.k)
         return SparseCodes(indices, pre.gather(1, indices).relu(), pre.shape[1])
 
+    def check(self, d_sae: int) -> None:
+        require(self.k <= d_sae, "k must be at most d_sae", got=f"k {self.k}, d_sae {d_sae}")
+
 
 class GroupMax(Activation):
     """The largest of each of k groups of neighbouring latents, if positive."""
@@ -75,6 +82,9 @@ class GroupMax(Activation):
         values, within = pre.unflatten(1, (self.k, -1)).max(2)
         starts = torch.arange(self.k, device=pre.device) * (pre.shape[1] // self.k)
         return SparseCodes(starts + within, values.relu(), pre.shape[1])
+
+    def check(self, d_sae: int) -> None:
+        require(d_sae % self.k == 0, "The groups must be equally large", got=f"{d_sae} latents in {self.k} groups")
 
 
 class JumpReLU(Activation):

@@ -51,8 +51,7 @@ class CrossLayerTranscoder(nn.Module):
         self.d_in = self.d_out = layers * d_model
         self.d_sae = layers * width
         for each in activations:
-            k, latents = getattr(each, "k", 1), self.d_sae // len(activations)
-            require(k <= latents, "k must be at most the number of latents", got=f"k {k}, {latents} latents")
+            each.check(self.d_sae // len(activations))
         self.origin, self.path = origin, Path()
         self.activations = nn.ModuleList(activations)
         self.encoder = nn.Parameter(torch.zeros(layers, width, d_model))

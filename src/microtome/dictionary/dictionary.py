@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from microtome.common.config import require
 from microtome.common.errors import ConfigError, InputError
-from microtome.dictionary.activation import Activation, TopK
+from microtome.dictionary.activation import Activation
 from microtome.dictionary.codes import SparseCodes
 
 InputNorm = Literal["none", "layer_norm", "constant_norm_rescale"]
@@ -86,11 +86,10 @@ class Dictionary(nn.Module):
         d_out = d_in if d_out is None else d_out
         require(not center or d_in == d_out, "Only an autoencoder can take b_dec from its input", got=(d_in, d_out))
         require(input_norm in get_args(InputNorm), "Unknown input_norm", got=input_norm, expected=get_args(InputNorm))
-        k = activation.k if isinstance(activation, TopK) else 1
+        activation.check(d_sae)
         require(
             not origin.widths or sum(origin.widths) == d_out, "The widths add up to d_out", got=(origin.widths, d_out)
         )
-        require(k <= d_sae, "k must be at most d_sae", got=f"k {k}, d_sae {d_sae}")
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out
         self.activation, self.center, self.input_norm = activation, center, input_norm
         self.origin, self.path = origin, Path()  # whoever opens it from a folder says which

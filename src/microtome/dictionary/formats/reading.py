@@ -159,9 +159,6 @@ def check_activation(where: Path, activation: Activation, d_sae: int) -> None:
                 expected=(d_sae,),
             )
         finite(name, tensor, where)
-    k = getattr(activation, "k", None)
-    if isinstance(k, int) and activation.name == "groupmax" and d_sae % k:
-        raise ArtifactError(f"The dictionary at {where} cannot be", got=f"{d_sae} latents in {k} groups")
 
 
 @torch.no_grad()

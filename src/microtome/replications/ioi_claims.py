@@ -20,7 +20,7 @@ def own_claims(found: Findings) -> list[Claim]:
 def _task_claims(found: Findings) -> list[Claim]:
     sums = {variant: one.summary() for variant, one in found.baselines.items()}
     plain, n = sums["plain"], found.config.prompts
-    gap = plain["right"][0] - sums["extra_io"]["right"][0]
+    lost = 1 - sums["extra_io"]["difference"][0] / plain["difference"][0]
     return [
         Claim(
             "solves",
@@ -40,10 +40,10 @@ def _task_claims(found: Findings) -> list[Claim]:
         ),
         Claim(
             "adversarial",
-            "Where the indirect object is said twice, fewer prompts are right (share of prompts lost)",
-            at_least(0.0),
-            gap,
-            source=f"{PAPER}, section 4: from 99.3 % to 76.6 %",
+            "Where the indirect object is said twice, the logit difference falls (share of it lost)",
+            at_least(0.1),
+            lost,
+            source=f"{PAPER}, section 4: from 3.55 to 1.23 in GPT-2 small, a loss of 65 %",
         ),
     ]
 

@@ -52,6 +52,7 @@ def examples() -> dict[str, Figure]:
             labels=["5.1", "6.9", "7.2"],
             named=[2],
             groups=["a", "b", "a"],
+            joined=True,
             diagonal=True,
         ),
     }

@@ -118,6 +118,14 @@ def test_the_pointer_finds_every_value(name: str, wanted: set[str], browser: Bro
     assert seen.complaints == []
 
 
+def test_a_line_joins_the_points_of_a_group(browser: Browser, tmp_path: Path) -> None:
+    seen = opened(browser, EXAMPLES["scatter"].html(), tmp_path)
+    joined = seen.page.evaluate("[...document.querySelectorAll('path[stroke-opacity]')].map(p => p.getTotalLength())")
+    # Group a has the points (0, 0.5) and (2, 1.5); b has one point, which nothing joins.
+    assert len(joined) == 1
+    assert joined[0] > 100
+
+
 def test_numbers_can_be_read_as_a_table(browser: Browser, tmp_path: Path) -> None:
     seen = opened(browser, EXAMPLES["heatmap"].html(), tmp_path)
     seen.page.get_by_text("Numbers").click()

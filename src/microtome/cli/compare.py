@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from microtome.dictionary import Comparison
     from microtome.views import Scatter
 
+_NAMED = 8  # more names than this cover each other
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TextOptions):
@@ -60,8 +62,8 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def trade_off(found: "Comparison", figure: str) -> "Scatter":
-    """L0 against `figure`, "fvu" or "ce_recovered", each dictionary a named point; those on the Pareto front in the
-    caption."""
+    """L0 against `figure`, "fvu" or "ce_recovered", a point for each dictionary (named, if they are few), and a line
+    through those of one architecture; the Pareto front in the caption."""
     from microtome.views import Scatter
 
     rows = [row for row in found.rows if getattr(row.evaluation, figure) is not None]
@@ -71,7 +73,8 @@ def trade_off(found: "Comparison", figure: str) -> "Scatter":
         [row.evaluation.l0 for row in rows],
         [getattr(row.evaluation, figure) for row in rows],
         labels=[row.name for row in rows],
-        named=range(len(rows)),
+        named=range(len(rows)) if len(rows) <= _NAMED else (),
+        joined=True,
         groups=[f"{row.architecture}, {' '.join(row.outputs)}" if several else row.architecture for row in rows],
         x_label="L0 (latents per token)",
         y_label={"fvu": "FVU", "ce_recovered": "CE recovered, against zeros"}[figure],

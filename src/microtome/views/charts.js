@@ -352,6 +352,10 @@
       fill: colour(g), stroke: g % 7 === 6 ? colour(g) : null, "fill-opacity": 0.8 });
     const points = d.x.map((v, i) => ({ x: v, y: d.y[i], i, g: d.groups ? groups.indexOf(d.groups[i]) : 0 }))
       .filter((p) => p.x != null && p.y != null).map((p) => ({ ...p, px: x.at(p.x), py: y.at(p.y) }));
+    if (d.joined) for (let g = 0; g < Math.max(groups.length, 1); g++) {
+      const path = points.filter((p) => p.g === g).sort((a, b) => a.x - b.x).map((p) => `${p.px.toFixed(1)} ${p.py.toFixed(1)}`);
+      if (path.length > 1) add(svg, "path", { d: `M${path.join("L")}`, fill: "none", stroke: colour(g), "stroke-opacity": 0.6 });
+    }
     for (const p of points) symbol(p.g, p.px, p.py);
     for (const p of points) if (d.named.includes(p.i)) add(svg, "text", { x: p.px + 5, y: p.py - 4 }, d.labels[p.i]);
     legend(svg, groups, 9, (g, lx, ly) => symbol(g, lx + 10, ly));

@@ -166,7 +166,8 @@ class Bars(Figure):
 @dataclass(frozen=True)
 class Scatter(Figure):
     """Points `x`, `y`. `labels` are shown under the pointer, and written beside the points whose numbers are `named`.
-    `groups` gives each point a colour, a shape and a legend entry. `diagonal` draws y = x.
+    `groups` gives each point a colour, a shape and a legend entry. `joined` draws a line through each group's points in the
+    order of x. `diagonal` draws y = x.
 
     Raises InputError for lists of unequal length.
     """
@@ -180,6 +181,7 @@ class Scatter(Figure):
     groups: Sequence[str] | None = None
     x_label: str = ""
     y_label: str = ""
+    joined: bool = False
     diagonal: bool = False
 
     def __post_init__(self) -> None:
@@ -206,11 +208,13 @@ class Scatter(Figure):
         groups = self.groups or [""] * len(x)
         names = distinct(groups)
         for i, name in enumerate(names):
-            here = [j for j, group in enumerate(groups) if group == name]
+            here = sorted((j for j, group in enumerate(groups) if group == name), key=x.__getitem__)
+            colour = sheet.colours.series[i % len(sheet.colours.series)]
             axes.scatter(
-                x[here], y[here], s=18, alpha=0.8, linewidths=0, marker=MARKERS[i % len(MARKERS)],
-                color=sheet.colours.series[i % len(sheet.colours.series)],
-            )  # fmt: skip
+                x[here], y[here], s=18, alpha=0.8, linewidths=0, marker=MARKERS[i % len(MARKERS)], color=colour
+            )
+            if self.joined:
+                axes.plot(x[here], y[here], lw=1, alpha=0.6, color=colour)
         if self.diagonal:
             axes.axline((float(np.nanmean(x)),) * 2, slope=1, color=sheet.colours.faint, lw=1, ls="--")
         for i in self.named:

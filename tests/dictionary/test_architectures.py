@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from microtome.common.errors import ConfigError
 from microtome.dictionary.architectures import make_rule
 from microtome.dictionary.config import (
     BatchTopKConfig,
@@ -237,6 +238,26 @@ def test_fine_tuning_begins_with_what_was_exported(name: str) -> None:
     again = make(CONFIGS[name])
     again.begin_with(0, made, in_scales, out_scales)
     torch.testing.assert_close(again.export(0, origin, in_scales, out_scales)(x[0]), made(x[0]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("norms", "norm", "encoder_norm"), [("unit", 1.0, 1.0), ("free", 0.1, 0.1)])
+def test_an_encoder_can_begin_with_directions_of_its_own(norms: Any, norm: float, encoder_norm: float) -> None:
+    data = DataStatistics(torch.zeros(1, D), torch.zeros(1, D), VARIANCE)
+    began = []
+    for start in ("transpose", "random"):
+        config = ReLUConfig(**SIZES, **LAMBDA, norms=norms, encoder_start=start)
+        stack = Stack([config], make_rule([config]), D, D)
+        stack.initialise(data, [3])
+        began.append(stack)
+    assert torch.equal(*(stack.W_dec for stack in began))
+    rows, (transposed, own) = began[0].W_dec[0].detach(), [stack.encoder[0].detach() for stack in began]
+    torch.testing.assert_close(transposed, rows)
+    torch.testing.assert_close(rows.norm(dim=1), torch.full((F,), norm))
+    torch.testing.assert_close(own.norm(dim=1), torch.full((F,), encoder_norm))
+    # Random directions of their own have a mean cosine near zero to the decoder's; the transpose has one.
+    assert abs(float(torch.cosine_similarity(own, rows).mean())) < 0.3
+    with pytest.raises(ConfigError, match="no encoder"):
+        ReLUConfig(**SIZES, **LAMBDA, tied=True, encoder_start="random")
 
 
 def test_gradients_along_unit_rows_are_taken_out_and_long_ones_shortened() -> None:

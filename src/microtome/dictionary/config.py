@@ -29,8 +29,9 @@ class DictionaryConfig:
 
     Weights: `norms` "unit" keeps decoder rows at unit norm, "free" lets them be ("auto": free for transcoders, and for
     ReLU autoencoders, see `L1Config`; else unit). `center` subtracts b_dec from an autoencoder's input; b_dec begins at
-    `b_dec_start`. `tied` uses the decoder's rows as the encoder's. `fine_tune` begins with the weights of a dictionary
-    on disk.
+    `b_dec_start`. `tied` uses the decoder's rows as the encoder's; else an autoencoder's encoder begins as their
+    transpose, or with `encoder_start` "random" with directions of its own, as long (a transcoder's always does).
+    `fine_tune` begins with the weights of a dictionary on disk.
 
     Dead latents, those silent for `dead_after` tokens: `revival` "aux" lets `aux_k` of them (None: half of d_out)
     model the error, with the weight `aux_coefficient` (Gao et al. 2024, A.2); "resample" gives them new weights every
@@ -52,6 +53,7 @@ class DictionaryConfig:
     center: bool = True
     tied: bool = False
     b_dec_start: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    encoder_start: Literal["transpose", "random"] = "transpose"
     fine_tune: str | None = None
     revival: Literal["aux", "resample", "ghost", "none"] = "aux"
     dead_after: int = 1_000_000
@@ -84,6 +86,11 @@ class DictionaryConfig:
             got=f"norms {self.norms}",
         )
         require(not (self.tied and self.cross_layer), "A cross-layer transcoder cannot be tied")
+        require(
+            self.encoder_start == "transpose" or not self.tied,
+            "A tied dictionary has no encoder to begin otherwise",
+            got=f"encoder_start {self.encoder_start!r}",
+        )
 
     @property
     def is_transcoder(self) -> bool:

@@ -92,11 +92,11 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def initialise(self, data: DataStatistics, seeds: list[int]) -> None:
-        """Random decoder rows and the encoder their transpose; for a transcoder random encoder rows and, instead of a
-        decoder of zeros (Paulo et al. 2025, arXiv 2501.18823), one that is nearly that: where norms are free TopK selects
-        by them, and rows of zeros would all be alike. Biases so that the mean input has pre-activations of zero."""
-        rows = torch.stack([torch.randn(self.d_sae, self.d_in, generator=generator(s, "decoder")) for s in seeds])
-        rows = functional.normalize(rows, dim=2).to(self.b_enc.device)
+        """Random decoder rows and the encoder their transpose (or random rows as long, if the config says so); for a
+        transcoder random encoder rows and, instead of a decoder of zeros (Paulo et al. 2025, arXiv 2501.18823), one that is
+        nearly that: where norms are free TopK selects by them, and rows of zeros would all be alike. Biases so that the mean
+        input has pre-activations of zero."""
+        rows = self._directions(seeds, "decoder")
         if self.config.is_transcoder:
             self.encoder.copy_(rows)
             self.decoder.draw(seeds, 1.0 if self.config.unit_norms else _NEARLY_ZERO)
@@ -106,10 +106,16 @@ class Stack(nn.Module):
             self.W_dec.mul_((1.0 if unit else _FREE_NORM) / self.decoder.norms()[..., None])
             # With unit norms a code is, from the start, how far its input goes along its row.
             self.encoder.copy_(self.W_dec / self.W_dec.square().sum(2, keepdim=True) if unit else self.W_dec)
+            if self.config.encoder_start == "random":
+                self.encoder.copy_(self._directions(seeds, "encoder") * self.encoder.norm(dim=2, keepdim=True))
         if self.config.b_dec_start != "zero":
             self.b_dec.copy_(data.y_center)
         if not self.config.centered:
             self.b_enc.copy_(-(self.encoder @ data.x_center[..., None]).squeeze(-1))
+
+    def _directions(self, seeds: list[int], name: str) -> Float[Tensor, "S F d_in"]:
+        rows = torch.stack([torch.randn(self.d_sae, self.d_in, generator=generator(s, name)) for s in seeds])
+        return functional.normalize(rows, dim=2).to(self.b_enc.device)
 
     # ---- a step -------------------------------------------------------------------------------------------------------
 

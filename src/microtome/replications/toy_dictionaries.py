@@ -72,6 +72,7 @@ def _member(config: ToyModelsConfig, kind: str) -> DictionaryConfig:
         "revival": revival,
         "resample_every": max(config.dictionary_steps // 8, 1),
         "b_dec_start": "zero",
+        "encoder_start": "random",  # as there: from the decoder's transpose no latent ever dies
         "outlier_cap": None,
         "betas": (0.0, 0.999),
         "coefficient": 2 * config.coefficient,

@@ -1,12 +1,24 @@
 """`compare`: the same figures as alone, and who is on the front."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from microtome.activations import ArraySource
 from microtome.common.errors import InputError
-from microtome.dictionary import EvaluateConfig, compare, evaluate
-from microtome.dictionary.comparison import COLUMNS, _fronts
+from microtome.dictionary import (
+    BatchTopKConfig,
+    EvaluateConfig,
+    MatryoshkaConfig,
+    TopKConfig,
+    TrainConfig,
+    compare,
+    evaluate,
+    train,
+)
+from microtome.dictionary.comparison import COLUMNS, _fronts, trained_as
 from microtome.dictionary.measures import finite
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
@@ -38,6 +50,17 @@ def test_a_comparison_has_what_each_has_alone(
     folders = compare(tiny_llama, [few, many], tiny_dataset, EvaluateConfig(n_tokens=200, function_tokens=0))
     assert [row.name for row in folders.rows] == ["few", "many"]
     assert [row.on_ce_front for row in folders.rows] == [None, None]
+
+
+def test_a_dictionary_is_called_what_it_was_trained_as(tmp_path: Path) -> None:
+    rows = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+    sizes: dict[str, Any] = {"d_sae": 16, "k": 2}
+    configs = [MatryoshkaConfig(**sizes), BatchTopKConfig(**sizes), TopKConfig(**sizes)]
+    made = train(configs, ArraySource(rows), out=tmp_path / "sae", config=TrainConfig(n_tokens=256, batch_size=128))
+    assert [each.architecture for each in made] == ["jumprelu", "jumprelu", "topk"]
+    assert [trained_as(each) for each in made] == ["matryoshka", "batchtopk", "topk"]
+    (tmp_path / "sae/0/config.json").unlink()
+    assert trained_as(made[0]) == "jumprelu"
 
 
 def test_the_front_is_of_those_that_no_other_beats() -> None:

@@ -7,7 +7,9 @@ of both strictly. Only dictionaries of the same outputs compete: FVU at one poin
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from microtome.common.artifacts import CONFIG, read_json
 from microtome.common.errors import InputError
 from microtome.dictionary.evaluate import EvaluateConfig, Evaluation, evaluate_all
 from microtome.dictionary.similarity import Similarity, similarity
@@ -23,8 +25,8 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One dictionary of a comparison. `on_front` and `on_ce_front`: whether it is on the Pareto front of L0 with FVU, and of
-    L0 with CE recovered (None where this was not measured)."""
+    """One dictionary of a comparison. `architecture` is what it was trained as. `on_front` and `on_ce_front`: whether it is on
+    the Pareto front of L0 with FVU, and of L0 with CE recovered (None where this was not measured)."""
 
     name: str
     architecture: str
@@ -87,7 +89,7 @@ def compare(
     rows = tuple(
         Compared(
             name=name,
-            architecture=str(getattr(dictionary, "architecture", type(dictionary).__name__)),
+            architecture=trained_as(dictionary),
             outputs=dictionary.origin.outputs,
             d_sae=dictionary.d_sae,
             evaluation=evaluation,
@@ -97,6 +99,15 @@ def compare(
         for name, dictionary, evaluation, front, ce_front in zip(named, dictionaries, found, by_fvu, by_ce, strict=True)
     )
     return Comparison(rows=rows, similarities=_similarities(named, dictionaries) if similarities else {})
+
+
+def trained_as(dictionary: SparseDictionary) -> str:
+    """The architecture that its folder says it was trained with, else what it is in use: a BatchTopK or Matryoshka
+    dictionary is then one with thresholds, "jumprelu"."""
+    file = getattr(dictionary, "path", Path()) / CONFIG
+    trained = read_json(file).get("config", {}).get("architecture") if file.is_file() else None
+    in_use = getattr(dictionary, "architecture", type(dictionary).__name__)
+    return str(trained.get("architecture", in_use) if isinstance(trained, dict) else in_use)
 
 
 def _names(dictionaries: Sequence[SparseDictionary]) -> list[str]:

@@ -188,7 +188,10 @@ def test_paths_that_are_none() -> None:
     for positions, message in (
         ({"receiver_positions": 3}, r"last token's logits.*Got: 3 \(prompt 0\).*receiver_positions=-1"),
         ({"receiver_positions": torch.tensor([5, 5, 4])}, r"leave out.*prompt 2"),
-        ({"sender_positions": [2, 3]}, r"none in common.*senders at \[2, 3\], receivers at the last"),
+        (
+            {"sender_positions": [2, 3]},
+            r"none in common.*senders at positions \[2, 3\], receivers at the last position",
+        ),
     ):
         for patched in (
             lambda **at: path_patching(model, clean, corrupt, "L0.H0", "logits", metric=metric, **at),
@@ -196,7 +199,7 @@ def test_paths_that_are_none() -> None:
         ):
             with pytest.raises(InputError, match=message):
                 patched(**positions)
-    with pytest.raises(InputError, match=r"none in common.*senders at 2, receivers at \(3, 4\)"):
+    with pytest.raises(InputError, match=r"none in common.*senders at positions 2, receivers at positions \(3, 4\)"):
         path_patching(
             model, clean, corrupt, "L0.H0", "L1.H0.q", metric=metric, sender_positions=2, receiver_positions=(3, 4)
         )

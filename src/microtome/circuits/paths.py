@@ -128,7 +128,9 @@ class _Work:
         self.metric: Metric = as_metric(metric, self.prompts.n_prompts)
         self.to_logits = self.receivers[0].kind == "logits"
         self.read: Columns = _columns(self.prompts, receiver_positions)
+        at = [f"positions {each}" if each is not None else "all positions" for each in positions]
         if self.to_logits and self.metric.last_only:
+            at[1] = "the last position"
             last = torch.zeros_like(self.read)
             last[:, -1] = True
             _check_common(
@@ -142,7 +144,7 @@ class _Work:
         _check_common(
             written & self.read,
             "With all heads held, what is sent at a position is received there alone, and these have none in common",
-            f"senders at {sender_positions}, receivers at {'the last' if self.to_logits else receiver_positions}",
+            f"senders at {at[0]}, receivers at {at[1]}",
             "Give both the same positions, or leave one out",
         )
         self.written: Columns = written & differing(self.prompts) & self.read

@@ -211,10 +211,10 @@ class Layered(_Points):
                 fix="Take its points as inputs and outputs, and its latents of a layer as d_sae",
             )
         begun = copy.deepcopy(start).to(stack.b_enc.device, torch.float32)
-        if stack.config.unit_norms:
-            begun.fold_decoder_norms()
         inputs, outputs = self._scales(scales)
         begun.fold_scales(1 / inputs, 1 / outputs)
+        if stack.config.unit_norms:  # rows have unit norm in scaled units
+            begun.fold_decoder_norms()
         stack.encoder.copy_(begun.encoder)
         stack.b_enc.copy_(begun.b_enc)
         stack.b_dec.copy_(begun.b_dec)

@@ -297,9 +297,11 @@ class Stack(nn.Module):
                 expected=f"{sizes}, input norm none",
             )
         start = copy.deepcopy(sae).to(self.W_dec.device, torch.float32)
-        if self.config.unit_norms:
-            start.fold_decoder_norms()
         start.fold_scales(1 / in_scales, 1 / out_scales)
+        if (
+            self.config.unit_norms
+        ):  # rows have unit norm in scaled units: those of a crosscoder's points have scales of their own
+            start.fold_decoder_norms()
         self.encoder[member] = start.encoder
         for name in ("W_dec", "b_enc", "b_dec", *(["W_skip"] if self.W_skip is not None else [])):
             self.get_parameter(name)[member] = start.get_parameter(name)

@@ -76,20 +76,20 @@ def layered() -> ArraySource:
 
 def test_the_target_of_a_cross_layer_transcoder_is_for_each_layer(tmp_path: Path) -> None:
     config = ReLUConfig(d_sae=48, cross_layer=True, inputs=("in0", "in1"), outputs=("out0", "out1"), dead_after=10_000)
-    found = search_coefficient(config, layered(), 6.0, config=SHORT, search=SearchConfig(share=1.0))
+    found = search_coefficient(config, layered(), 10.0, config=SHORT, search=SearchConfig(share=1.0))
     [clt] = train_cross_layer(found, layered(), out=tmp_path / "clt", config=SHORT)
     x = layered().rows[:, :24]
     fires = [x[:, 12 * i : 12 * i + 12] @ clt.encoder[i].T + clt.b_enc[i] > 0 for i in range(2)]
     l0 = [float(each.sum(1).double().mean()) for each in fires]
-    assert sum(l0) / 2 == pytest.approx(6.0, rel=0.15)
+    assert sum(l0) / 2 == pytest.approx(10.0, rel=0.15)
     with pytest.raises(ConfigError, match=r"Got: 49\.0\. Expected: 48"):
         search_coefficient(config, layered(), 49.0, config=SHORT)
 
 
 def test_the_target_of_a_crosscoder_is_of_all_its_points(tmp_path: Path) -> None:
-    config = ReLUConfig(d_sae=48, inputs=("in0", "in1"), dead_after=10_000)
-    found = search_coefficient(config, layered(), 6.0, config=SHORT, search=SearchConfig(share=1.0))
-    [crosscoder] = train(found, layered(), out=tmp_path / "cross", config=SHORT)
+    config = ReLUConfig(**SIZES, inputs=("in0", "in1"))
+    found = search_coefficient(config, layered(), 6.0, config=TRAIN, search=SearchConfig(share=1.0))
+    [crosscoder] = train(found, layered(), out=tmp_path / "cross", config=TRAIN)
     x = layered().rows[:, :24]
     fires = (x - crosscoder.b_dec) @ crosscoder.W_enc + crosscoder.b_enc > 0
     assert float(fires.sum(1).double().mean()) == pytest.approx(6.0, rel=0.15)

@@ -59,8 +59,8 @@ def run(options: Options) -> dict[str, Any]:
     """Attribute, and list the largest scores with 95 % bootstrap intervals over prompts."""
     from microtome.circuits.attribution_config import AttributeConfig, Rules
 
-    shared = ("level", "method", "over", "direction", "by_position", "batch_size")
-    shared = (*shared, "steps") if options.steps is not None else shared
+    shared = ["level", "method", "over", "direction", "by_position", "batch_size"]
+    shared += [] if options.steps is None else ["steps"]
     config = AttributeConfig(**{name: getattr(options, name) for name in shared}, rules=Rules.named(options.rule))
     if options.steps is not None and config.path is None:
         raise ConfigError(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from microtome.dictionary import Dictionary, Origin, load_dictionary, save_dictionary
-from microtome.dictionary.activation import TopK
+from microtome.dictionary import CrossLayerTranscoder, Dictionary, Origin, load_dictionary, save_dictionary
+from microtome.dictionary.activation import JumpReLU, TopK
 from microtome.text import TokenDataset, TokenizeConfig, open_corpus, tokenize_corpus
 
 from .features.tiny import BOS, TEXTS, make_tokenizer
@@ -70,6 +70,20 @@ def topk_dictionary(
         if center is not None:
             sae.b_dec.copy_(center)
     return sae
+
+
+def random_cross_layer(model: str, inputs: Sequence[str], outputs: Sequence[str], *, d: int) -> CrossLayerTranscoder:
+    """A cross-layer transcoder of 40 latents a layer with random weights and one threshold for each; of layer l the first
+    l + 1 latents never fire."""
+    origin = Origin(model_name=model, inputs=tuple(inputs), outputs=tuple(outputs))
+    clt = CrossLayerTranscoder(d, 40, JumpReLU(torch.zeros(40 * len(inputs))), origin=origin)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in clt.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        for layer, bias in enumerate(clt.b_enc):
+            bias[: layer + 1] = -1e6
+    return clt.requires_grad_(False)
 
 
 def tokenized_texts(folder: Path, tokenizer: PreTrainedTokenizerBase, *, times: int, context: int) -> TokenDataset:

@@ -342,7 +342,8 @@ def test_bad_prompts_metrics_and_models() -> None:
         attribute(make("gptj"), data.clean, data.corrupt, data.metric, over="resid_mid")
     with pytest.raises(ModelError, match="no sum"):
         attribute(make("opt-350m"), data.clean, data.corrupt, data.metric, level="edge")
-    with pytest.raises(ModelError, match="experts"):
+    says = r"identity_activations and half_gates.*Got: the rules relp for .*Expected: .*frozen_patterns.*Rules\(frozen_norms"
+    with pytest.raises(ModelError, match=says):
         attribute(make("mixtral"), data.clean, data.corrupt, data.metric, rules=RELP)
     with pytest.raises(ConfigError, match="relp"):
         Rules.named("relpp")

@@ -1,6 +1,9 @@
 """Path patching against the protocol written out with plain hooks: a run for each step, nothing shared, nothing skipped."""
 
+import itertools
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +188,27 @@ def test_paths_that_are_none() -> None:
     ):
         with pytest.raises(InputError, match=message):
             path_patching(model, clean, corrupt, senders, receivers, metric=metric)
+    patchings = (
+        partial(path_patching, model, clean, corrupt, "L0.H0", "logits", metric=metric),
+        partial(path_patching_sweep, model, clean, corrupt, "logits", metric=metric),
+    )
+    through: list[tuple[dict[str, Any], str]] = [
+        ({"receiver_positions": 3}, r"last token's logits.*Got: 3 \(prompt 0\).*receiver_positions=-1"),
+        ({"receiver_positions": torch.tensor([5, 5, 4])}, r"leave out.*prompt 2"),
+        (
+            {"sender_positions": [2, 3]},
+            r"none in common.*senders at positions \[2, 3\], receivers at the last position \(prompt 0\)",
+        ),
+    ]
+    for patching, (positions, message) in itertools.product(patchings, through):
+        with pytest.raises(InputError, match=message):
+            patching(**positions)
+    with pytest.raises(InputError, match=r"none in common.*senders at positions 2, receivers at positions \(3, 4\)"):
+        path_patching(
+            model, clean, corrupt, "L0.H0", "L1.H0.q", metric=metric, sender_positions=2, receiver_positions=(3, 4)
+        )
+    last = path_patching(model, clean, corrupt, "L0.H0", "logits", metric=metric, receiver_positions=-1)
+    assert torch.equal(last.values, path_patching(model, clean, corrupt, "L0.H0", "logits", metric=metric).values)
     with pytest.raises(InputError, match="are the same"):
         path_patching(model, clean, clean, "L0.H0", "logits", metric=metric)
     with pytest.raises(InputError, match="different numbers of tokens"):

@@ -38,6 +38,9 @@ def test_attribute(words: list[str], capsys: pytest.CaptureFixture[str], tmp_pat
     assert main(["attribute", *words, "--level", "edge", "--method", "eap", "--rule", "relp"]) == 0
     out = capsys.readouterr().out
     assert "rules: relp" in out
+    few, more = (command(capsys, "attribute", *words, "--method", "eap-ig", *said) for said in ([], ["--steps", "2"]))
+    wanted = attribute(model, CLEAN, CORRUPT, logit_difference(model, "a", "b"), method="eap-ig", steps=2)
+    assert more["effects"] == wanted.to_json() != few["effects"]
     assert "reader" in out
 
 
@@ -72,6 +75,18 @@ def test_circuit(words: list[str], capsys: pytest.CaptureFixture[str], tmp_path:
         (["circuit", "--edges", "0"], "so many edges"),
         (["circuit", "--edges", "100", "--method", "acdc", "--tau", "1000"], "smaller"),
         (["circuit", "--circuit", "a.json", "--curve"], "--curve"),
+        *(
+            (["circuit", "--circuit", "a.json", f"--{name}", value], f"as it is. Got: --{name}. Leave that out")
+            for name, value in (
+                *(("edges", "500"), ("method", "eap-ig"), ("rule", "none"), ("steps", "5"), ("tau", "0.01")),
+                *(("how", "greedy"), ("by", "size")),
+            )
+        ),
+        (["circuit", "--circuit", "a.json", "--by", "size", "--edges", "3"], "Got: --edges, --by."),
+        (["circuit", "--tau", "0.1"], "--tau is not used by the method eap-ig"),
+        (["circuit", "--method", "eap", "--steps", "9"], "--steps is not used by the method eap. Got: --steps 9"),
+        (["attribute", "--steps", "5"], "The method gradient takes the gradient at one place"),
+        (["attribute", "--level", "edge", "--method", "eap", "--steps", "5"], "Got: --steps 5. Leave it out"),
     ],
 )
 def test_refused(words: list[str], capsys: pytest.CaptureFixture[str], more: list[str], says: str) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from microtome.cli.main import main
-from microtome.model import HookedModel
+from microtome.dictionary import CrossLayerTranscoder, Dictionary, EvaluateConfig, Origin, evaluate, save_dictionary
+from microtome.model import HookedModel, load_model
+from microtome.text import TokenDataset
 
-from ..makers import random_dictionary  # noqa: TID252 – shared by tests
+from ..makers import random_cross_layer, random_dictionary, topk_dictionary  # noqa: TID252 – shared by tests
 
 COMMON = ("--model", "model", "--dtype", "fp32", "--device", "cpu")
 TEXT = (
@@ -57,6 +59,41 @@ def test_two_dictionaries_side_by_side(here: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in shown[:3]] == ["name", "few", "many"]
     assert "MMCS 1.000 there" in shown[3]
+
+
+def several_points(kind: str) -> Dictionary | CrossLayerTranscoder:
+    """Two layers' MLPs, or two places of the stream."""
+    if kind == "clt":
+        names = [[f"blocks.{i}.{point}" for i in range(2)] for point in ("hook_resid_mid", "hook_mlp_out")]
+        return random_cross_layer("model", *names, d=32)
+    stream = tuple(f"blocks.{i}.hook_resid_pre" for i in (1, 2))
+    return topk_dictionary(64, 40, 4, origin=Origin(model_name="model", inputs=stream, widths=(32, 32)))
+
+
+@pytest.mark.parametrize("kind", ["clt", "crosscoder"])
+def test_dictionaries_of_several_points(here: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    made = several_points(kind)
+    Path("several").mkdir()
+    save_dictionary(made, Path("several"))
+    assert main(["evaluate", "several", *COMMON, *TEXT, "--json"]) == 0, capsys.readouterr().err
+    result = json.loads(capsys.readouterr().out)
+    config = EvaluateConfig(n_tokens=320, function_tokens=160)
+    wanted = evaluate(load_model("model", device="cpu"), made, TokenDataset.open(here / "tokens"), config)
+    assert [point["name"] for point in result["points"]] == [point.name for point in wanted.points]
+    for said, point in zip(result["points"], wanted.points, strict=True):
+        assert (said["fvu"], said["cosine"]) == pytest.approx((point.fvu, point.cosine))
+        assert said["loss"] == pytest.approx(point.loss, rel=1e-4)
+    assert [layer["l0"] for layer in result["layers"]] == pytest.approx([layer.l0 for layer in wanted.layers])
+    assert (result["l0"], result["delta_ce"]) == pytest.approx((wanted.l0, wanted.delta_ce), rel=1e-4)
+    assert main(["evaluate", "several", *COMMON, *TEXT, "--metrics", "core", "--whole-only"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{wanted.points[1].name}: FVU {wanted.points[1].fvu:.4g}" in shown
+    assert "replaced: CE" not in shown
+    assert ("latents by what they read" in shown) == (kind == "clt")
+    assert main(["compare", "few", "several", *COMMON, *TEXT, "--json"]) == 0, capsys.readouterr().err
+    table = json.loads(capsys.readouterr().out)["table"]
+    assert [row["architecture"] for row in table] == ["topk", made.architecture]
+    assert table[1]["fvu"] == pytest.approx(wanted.fvu)
 
 
 def test_metrics_without_a_corpus(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

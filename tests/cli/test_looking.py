@@ -75,7 +75,19 @@ def test_heads_are_scored(model: HookedModel, capsys: pytest.CaptureFixture[str]
         assert of_kind["top"][0]["score"] == pytest.approx(float(scores[kind].max()), abs=1e-6)
         assert of_kind["top"][0]["low"] <= of_kind["top"][0]["score"] <= of_kind["top"][0]["high"]
         assert of_kind["scores"] == [pytest.approx(row, abs=1e-6) for row in scores[kind].tolist()]
-    assert Path("heads.png").read_bytes()[:4] == b"\x89PNG"
+    assert found["figures"] == ["heads-induction.png", "heads-copying.png"]
+    assert all(Path(name).read_bytes()[:4] == b"\x89PNG" for name in found["figures"])
+    assert not Path("heads.png").exists()
+    drawn = as_json(capsys, *words, "--figure", "made/heads.json")["figures"]
+    for kind, name in zip(("induction", "copying"), drawn, strict=True):
+        figure = json.loads(Path(name).read_text(encoding="utf-8"))
+        assert figure["values"] == [pytest.approx(row, abs=1e-6) for row in scores[kind].tolist()]
+        assert figure["limits"] == ([-1, 1] if kind == "copying" else [0, 1])
+    one = as_json(capsys, *words[:-4], "--kinds", "copying", "--figure", "one.json")
+    assert one["figures"] == ["one.json"]
+    assert json.loads(Path("one.json").read_text(encoding="utf-8"))["values"][0] == pytest.approx(
+        scores["copying"][0].tolist(), abs=1e-6
+    )
     text = printed(capsys, *words)
     assert "without BOS; mean over 8 queries behind the first copy" in text
     assert main(["heads", *MODEL, "--kinds", "induktion"]) == 1

@@ -85,9 +85,10 @@ SURFACE = {
         *("checkpoint_every", "seed", "dtype", "device", "overwrite"),
     ],
     "evaluate": [
-        *(*TEXT, "dictionary", "n_tokens", "function_tokens", "metrics", "probe_data", "entity_data", "out"),
+        *(*TEXT, "dictionary", "n_tokens", "function_tokens", "whole_only"),
+        *("metrics", "probe_data", "entity_data", "out"),
     ],
-    "compare": [*TEXT, "dictionaries", "n_tokens", "function_tokens", "similarity", "out"],
+    "compare": [*TEXT, "dictionaries", "n_tokens", "function_tokens", "whole_only", "similarity", "out"],
     "convert": [
         *("source", "out", "format", "model_name", "hook_name", "hook_name_out", "norm_scaling_factor"),
         *("fold_decoder_norms", "dtype", "overwrite"),

@@ -22,6 +22,12 @@ def test_no_second_full_stop(end: str) -> None:
     assert str(MicrotomeError(f"Stop{end}", fix=f"Go{end}")) == f"Stop{end} Go{end}"
 
 
+def test_what_was_got_may_be_a_sentence() -> None:
+    error = MicrotomeError("Could not load it", got="Not in the cached files.", expected="a folder.")
+    assert str(error) == "Could not load it. Got: Not in the cached files. Expected: a folder."
+    assert error.got == "Not in the cached files."
+
+
 def test_zero_and_empty_are_things_that_one_can_get() -> None:
     assert str(MicrotomeError("Too few", got=0)) == "Too few. Got: 0."
 

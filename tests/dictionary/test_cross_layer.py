@@ -110,6 +110,41 @@ def test_scales_are_folded(activation: Activation) -> None:
     torch.testing.assert_close(made(x), out)
 
 
+@pytest.mark.parametrize("one", [True, False], ids=["one-activation", "one-a-layer"])
+def test_decoder_norms_are_folded_into_the_codes(one: bool) -> None:
+    """The norm of a latent is that of all that it writes."""
+    thresholds = torch.linspace(0.1, 1.0, LAYERS * F)
+    made = make(JumpReLU(thresholds) if one else [JumpReLU(each) for each in thresholds.view(LAYERS, F)])
+    with torch.no_grad():
+        made.W_dec[1][2].zero_()
+    x, norms = x_of(), [rows.flatten(1).norm(dim=1) for rows in made.W_dec]
+    codes, out = made.encode(x).to_dense(), made(x)
+    assert int((codes > 0).sum()) > 10
+    made.fold_decoder_norms()
+    norms[1][2] = 1.0
+    torch.testing.assert_close(made.encode(x).to_dense(), codes * torch.cat(norms))
+    torch.testing.assert_close(made(x), out)
+    for layer, rows in enumerate(made.W_dec):
+        expected = torch.ones(F)
+        expected[2] = 0.0 if layer == 1 else 1.0
+        torch.testing.assert_close(rows.flatten(1).norm(dim=1), expected)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [JumpReLU(torch.linspace(0.1, 1.0, LAYERS * F)), Gated(torch.randn(LAYERS * F), torch.randn(LAYERS * F)), ReLU()],
+    ids=["jump", "gated", "relu"],
+)
+def test_an_activation_for_all_latents_is_one_for_each_layer(activation: Activation) -> None:
+    made = make(activation)
+    apart = CrossLayerTranscoder(D, F, made.layer_activations(), origin=ORIGIN)
+    weights = {name: p for name, p in made.state_dict().items() if not name.startswith("activations")}
+    apart.load_state_dict(weights, strict=False)
+    torch.testing.assert_close(apart.encode(x_of()).to_dense(), made.encode(x_of()).to_dense())
+    assert len(apart.layer_activations()) == LAYERS
+    assert apart.layer_activations()[1] is apart.activations[1]
+
+
 def test_gradients_reach_every_weight() -> None:
     made = make(ReLU()).requires_grad_(True)
     made(x_of()).pow(2).sum().backward()

@@ -11,20 +11,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from microtome.activations import ArraySource
-from microtome.common.errors import ConfigError, InputError
+from microtome.common.errors import ArtifactError, ConfigError, InputError
 from microtome.dictionary import (
     BatchTopKConfig,
     CrossLayerTranscoder,
     GatedConfig,
     JumpReLUConfig,
     MatryoshkaConfig,
+    Origin,
     ReLUConfig,
     TopKConfig,
     TrainConfig,
     load_cross_layer_transcoder,
+    save_dictionary,
     train,
     train_cross_layer,
 )
+from microtome.dictionary.activation import JumpReLU as JumpReLUActivation
 from microtome.dictionary.architectures import make_rule
 from microtome.dictionary.config import DictionaryConfig
 from microtome.dictionary.decoders import CrossLayerDecoder
@@ -44,6 +47,8 @@ CONFIGS: dict[str, DictionaryConfig] = {
     "topk": TopKConfig(**COMMON, k=K),
     "batchtopk": BatchTopKConfig(**COMMON, k=K),
     "matryoshka": MatryoshkaConfig(**COMMON, k=K, prefixes=(0.25, 1.0)),
+    "relu-unit": ReLUConfig(**COMMON, **LAMBDA, norms="unit"),
+    "topk-unit": TopKConfig(**COMMON, k=K, norms="unit"),
 }
 
 
@@ -113,7 +118,7 @@ def plain_loss(stack: Stack, x: Tensor, y: Tensor, dead: Tensor | None) -> Tenso
     """The loss of all layers, with plain loops and autograd."""
     config, pre, f, norms = stack.config, [], [], []
     for layer in range(L):
-        norms.append(stack.decoder.rows(layer).norm(dim=1))
+        norms.append(torch.ones(F) if config.unit_norms else stack.decoder.rows(layer).norm(dim=1))
         pre.append(x[layer] @ stack.encoder[layer].T + stack.b_enc[layer])
         f.append(plain_codes(stack, layer, pre[layer], norms[layer]))
     w = [(CAP**2 * VARIANCE[i] / (y[i] - stack.b_dec[i]).detach().square().sum(1)).clamp(max=1.0) for i in range(L)]
@@ -178,6 +183,24 @@ def test_long_gradients_are_shortened_for_all_layers_alike() -> None:
     total = torch.stack([g.square().sum() for g in before]).sum().sqrt()
     for a, b in zip(after, before, strict=True):
         torch.testing.assert_close(a, b * (1e-3 / total))
+
+
+def test_unit_norms_are_kept_over_all_that_a_latent_writes() -> None:
+    stack = make(CONFIGS["relu-unit"])
+    stack.step(rows(1), rows(2), variance=VARIANCE)
+    grads = [p.grad.clone() for p in map(stack.decoder.rows, range(L)) if p.grad is not None]
+    stack.before_update()
+    for layer in range(L):
+        unit, grad = stack.decoder.rows(layer).detach(), stack.decoder.rows(layer).grad
+        assert grad is not None
+        torch.testing.assert_close(grad, grads[layer] - (grads[layer] * unit).sum(1, keepdim=True) * unit)
+        assert not torch.allclose(grad, grads[layer])
+    torch.optim.SGD(stack.parameters(), lr=1.0).step()
+    grown = [stack.decoder.rows(layer).detach().norm(dim=1) - 1 for layer in range(L)]
+    assert max(float(each.abs().max()) for each in grown) > 0.01
+    stack.after_update()
+    for layer in range(L):
+        torch.testing.assert_close(stack.decoder.rows(layer).norm(dim=1), torch.ones(F))
 
 
 def test_resampled_latents_point_at_what_was_missed_in_all_later_layers() -> None:
@@ -271,6 +294,76 @@ def test_what_is_saved_is_what_was_trained(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(out * scales, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fine_tuning_begins_with_what_was_saved(name: str, tmp_path: Path) -> None:
+    """A training begins with other weights and other scales, and takes over what was saved."""
+    data, _ = synthetic(1024)
+    config = replace(CONFIGS[name], inputs=INPUTS, outputs=OUTPUTS)
+    run = TrainConfig(n_tokens=2560, batch_size=256, lr=5e-3)
+    [saved] = train_cross_layer(config, source(data), out=tmp_path / "first", config=run)
+    again = Trainer([replace(config, fine_tune=str(tmp_path / "first"), seed=5)], source(data), tmp_path / "b", run)
+    again.begin()
+    begun = again.groups[0].export(0, again.scales, {"model_name": "toy"})
+    x = data[:, : L * WIDTH]
+    if name in ("batchtopk", "matryoshka"):  # the mean of the thresholds is taken over: near, and not the same
+        codes = [each.encode(x).l0.mean() for each in (begun, saved)]
+        torch.testing.assert_close(*codes, rtol=0.05, atol=0.05)
+        return
+    torch.testing.assert_close(begun(x), saved(x), rtol=1e-3, atol=1e-3)
+
+
+def test_fine_tuning_a_released_one_with_one_activation_for_all_and_rows_of_any_norm(tmp_path: Path) -> None:
+    data, _ = synthetic(1024)
+    released = CrossLayerTranscoder(
+        WIDTH,
+        F,
+        JumpReLUActivation(torch.linspace(0.1, 2.0, L * F)),
+        origin=Origin(model_name="x", inputs=INPUTS, outputs=OUTPUTS),
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in released.named_parameters():
+            if "activation" not in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    folder = tmp_path / "released"
+    folder.mkdir()
+    save_dictionary(released, folder)
+    config = JumpReLUConfig(d_sae=F, cross_layer=True, inputs=INPUTS, outputs=OUTPUTS, fine_tune=str(folder))
+    run = TrainConfig(n_tokens=256, batch_size=256, lr=1e-9)
+    for norms in ("free", "unit"):
+        [tuned] = train_cross_layer(replace(config, norms=norms), source(data), out=tmp_path / norms, config=run)
+        x = data[:, : L * WIDTH]
+        torch.testing.assert_close(tuned(x), released(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_sae": 13}, r"Got: \(layers, d_model, latents of a layer\) = \(3, 12, 12\)\. Expected: \(3, 12, 13\)"),
+        ({"inputs": INPUTS[:2], "outputs": OUTPUTS[:2]}, r"Expected: \(2, 12, 12\)"),
+        ({"cross_layer": False}, "is a cross-layer transcoder.*cross_layer=True"),
+    ],
+    ids=["width", "layers", "kind"],
+)
+def test_fine_tuning_of_what_does_not_fit_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    data, _ = synthetic(512)
+    run = TrainConfig(n_tokens=256, batch_size=256)
+    train_cross_layer(ARCHITECTURE, source(data), out=tmp_path / "clt", config=run)
+    config = replace(ARCHITECTURE, fine_tune=str(tmp_path / "clt"), **change)
+    with pytest.raises(ConfigError, match=message):
+        (train_cross_layer if config.cross_layer else train)(config, source(data), out=tmp_path / "b", config=run)
+
+
+def test_fine_tuning_from_a_dictionary_of_one_layer_is_refused(tmp_path: Path) -> None:
+    data, _ = synthetic(512)
+    run = TrainConfig(n_tokens=256, batch_size=256)
+    alone = replace(ARCHITECTURE, cross_layer=False, inputs=INPUTS[:1], outputs=OUTPUTS[:1])
+    train(alone, source(data), out=tmp_path / "one", config=run)
+    config = replace(ARCHITECTURE, fine_tune=str(tmp_path / "one"))
+    with pytest.raises(ConfigError, match=r"Only a cross-layer transcoder.*Got: topk_transcoder"):
+        train_cross_layer(config, source(data), out=tmp_path / "b", config=run)
+
+
 def test_a_stopped_training_resumes_to_the_same_weights_and_is_opened(tmp_path: Path) -> None:
     data, _ = synthetic(1024)
     config = replace(ARCHITECTURE, revival="resample", resample_every=10, dead_after=512)
@@ -306,15 +399,27 @@ def test_several_are_trained_on_one_stream(tmp_path: Path) -> None:
     [
         ({"outputs": OUTPUTS[:2]}, "writes as many points as it reads"),
         ({"outputs": (*OUTPUTS[:2], "blocks.9.hook_mlp_out")}, "hook point"),
-        ({"skip": True}, "without skip"),
-        ({"norms": "unit"}, "without norms"),
-        ({"fine_tune": "somewhere"}, "without fine_tune"),
+        ({"fine_tune": "somewhere"}, "There is no dictionary at somewhere"),
     ],
+    ids=["fewer outputs", "no such point", "nothing to fine-tune"],
 )
 def test_what_a_cross_layer_transcoder_cannot_be(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     data, _ = synthetic(512)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, ArtifactError), match=message):
         train_cross_layer(replace(ARCHITECTURE, **change), source(data), out=tmp_path / "clt", config=RUN)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"skip": True}, r"no skip path\. Got: skip=True\. Expected: skip=False\. Leave out skip"),
+        ({"tied": True}, r"Only an autoencoder can be tied\. Got: cross_layer=True\. Leave out tied"),
+    ],
+    ids=["skip", "tied"],
+)
+def test_what_its_config_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(ARCHITECTURE, **change)
 
 
 def test_layers_of_unequal_widths_and_layers_that_are_constant_are_refused(tmp_path: Path) -> None:

@@ -120,6 +120,13 @@ def test_figures_of_a_crosscoder(tiny_llama: HookedModel, tiny_dataset: TokenDat
     scored = text[:, 1:]
     ce = -log_p[:, :-1][scored].gather(1, tokens[:, 1:][scored][:, None]).mean()
     assert found.ce_spliced == pytest.approx(float(ce), rel=1e-4)
+    stream = cache[SECOND][:10].clone()  # the second point alone
+    stream[text] = predicted[text][:, 32:]
+    stream = layers[2](stream, position_embeddings=rotary, attention_mask=None)
+    log_p = (tiny_llama.hf.get_submodule("model.norm")(stream) @ tiny_llama.W_U).double().log_softmax(-1)
+    ce = -log_p[:, :-1][scored].gather(1, tokens[:, 1:][scored][:, None]).mean()
+    assert found.points[1].loss["ce_spliced"] == pytest.approx(float(ce), rel=1e-4)
+    assert found.points[0].loss["ce_spliced"] != pytest.approx(float(ce), rel=1e-4)
 
 
 def test_several_together_are_as_each_alone(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +28,9 @@ from microtome.dictionary.search import (
     search_coefficient,
     try_coefficients,
 )
-from microtome.dictionary.trainer import TrainConfig
+from microtome.dictionary.trainer import TrainConfig, train, train_cross_layer
 
+SHORT = TrainConfig(n_tokens=256 * 150, batch_size=256, lr=5e-3, warmup_steps=20, device="cpu")
 TRAIN = TrainConfig(n_tokens=256 * 300, batch_size=256, lr=5e-3, warmup_steps=20, device="cpu")
 SIZES: dict[str, Any] = {"d_sae": 64, "dead_after": 10_000}
 JUMP: dict[str, Any] = {"bandwidth": 0.5, "start_threshold": 0.3}
@@ -60,6 +62,37 @@ def test_a_full_training_ends_at_the_target(dictionary: PenaltyConfig) -> None:
     assert replace(found, coefficient=dictionary.coefficient) == dictionary
     [trial] = try_coefficients(found, source(), [found.coefficient], config=TRAIN)
     assert trial.l0 == pytest.approx(6.0, rel=0.1)
+
+
+@cache
+def layered() -> ArraySource:
+    """Two layers that each read 12 of the columns above, and what each adds to two outputs."""
+    rows = source().rows.view(-1, 2, 12)
+    first, second, both = torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(2)) / 12**0.5
+    writes = [rows[:, 0] @ first, rows[:, 0] @ both + rows[:, 1] @ second]
+    names = ("in0", "in1", "out0", "out1")
+    return ArraySource(torch.cat([rows.flatten(1), *writes], 1), hook_names=names, widths=(12,) * 4, rows_per_block=512)
+
+
+def test_the_target_of_a_cross_layer_transcoder_is_for_each_layer(tmp_path: Path) -> None:
+    config = ReLUConfig(d_sae=48, cross_layer=True, inputs=("in0", "in1"), outputs=("out0", "out1"), dead_after=10_000)
+    found = search_coefficient(config, layered(), 10.0, config=SHORT, search=SearchConfig(share=1.0))
+    [clt] = train_cross_layer(found, layered(), out=tmp_path / "clt", config=SHORT)
+    x = layered().rows[:, :24]
+    fires = [x[:, 12 * i : 12 * i + 12] @ clt.encoder[i].T + clt.b_enc[i] > 0 for i in range(2)]
+    l0 = [float(each.sum(1).double().mean()) for each in fires]
+    assert sum(l0) / 2 == pytest.approx(10.0, rel=0.15)
+    with pytest.raises(ConfigError, match=r"Got: 49\.0\. Expected: 48"):
+        search_coefficient(config, layered(), 49.0, config=SHORT)
+
+
+def test_the_target_of_a_crosscoder_is_of_all_its_points(tmp_path: Path) -> None:
+    config = ReLUConfig(**SIZES, inputs=("in0", "in1"))
+    found = search_coefficient(config, layered(), 6.0, config=TRAIN, search=SearchConfig(share=1.0))
+    [crosscoder] = train(found, layered(), out=tmp_path / "cross", config=TRAIN)
+    x = layered().rows[:, :24]
+    fires = (x - crosscoder.b_dec) @ crosscoder.W_enc + crosscoder.b_enc > 0
+    assert float(fires.sum(1).double().mean()) == pytest.approx(6.0, rel=0.15)
 
 
 def test_interpolation_is_a_line_in_the_logarithms() -> None:

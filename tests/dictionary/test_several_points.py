@@ -108,6 +108,22 @@ def test_folding_gives_the_points_norms_a_sum_of_one_and_changes_no_output() -> 
     torch.testing.assert_close(made(x), before)
 
 
+@pytest.mark.parametrize("norms", ["free", "unit"])
+def test_fine_tuning_of_a_crosscoder_begins_with_what_was_exported_whatever_the_points_scales(norms: Any) -> None:
+    stack, again = make(replace(RELU, norms=norms)), make(replace(RELU, norms=norms))
+    with torch.no_grad():
+        again.W_dec.add_(1.0)
+    scales = torch.tensor([2.0] * 5 + [0.1] * 3 + [7.0] * 4)
+    origin = Origin(model_name="toy", inputs=("a", "b", "c"), widths=WIDTHS)
+    made, x = stack.export(0, origin, scales, scales), rows()[0] / scales
+    again.begin_with(0, made, scales, scales)
+    before = again.W_dec.detach().clone()
+    again.after_update()
+    torch.testing.assert_close(again.export(0, origin, scales, scales)(x), made(x), rtol=1e-4, atol=1e-4)
+    if norms == "unit":
+        torch.testing.assert_close(norms_by_point(before[0]), torch.ones(F))
+
+
 def test_a_batchtopk_crosscoder_is_exported_with_the_threshold_that_it_was_trained_with() -> None:
     stack, x = make(BatchTopKConfig(**SEVERAL, k=3, norms="free")), rows()
     stack.step(x, x, variance=1.0)

@@ -50,7 +50,8 @@ def path_patching(  # noqa: PLR0913 – one keyword a choice
     the path. Positions restrict what is replaced, each prompt's own if given as `[prompts]`.
 
     Raises InputError for a sender that no receiver can read, for logits together with other receivers (whose own effect on
-    the logits would be overwritten), prompts of unequal length, and what the model does not have.
+    the logits would be overwritten), positions through which nothing can pass, prompts of unequal length, and what the model
+    does not have.
     """
     work = _Work(
         pair(model, clean, corrupt),
@@ -82,7 +83,7 @@ def path_patching_sweep(  # noqa: PLR0913 – one keyword a choice
 ) -> Effects:
     """`path_patching` with each head (or, `over="mlp"`, each MLP) as the only sender: layer × head, or layer.
 
-    A sender that no receiver can read has the clean run's metric.
+    A sender that no receiver can read has the clean run's metric. Raises as `path_patching` does, but for such a sender.
     """
     work = _Work(
         pair(model, clean, corrupt),
@@ -126,15 +127,26 @@ class _Work:
         sender_positions, receiver_positions = positions
         self.metric: Metric = as_metric(metric, self.prompts.n_prompts)
         self.to_logits = self.receivers[0].kind == "logits"
-        everywhere = torch.ones(self.prompts.clean.tokens.shape, dtype=torch.bool)
-        read = columns_of(self.prompts.clean, receiver_positions)
-        self.read: Columns = everywhere if read is None else read.cpu()
+        self.read: Columns = _columns(self.prompts, receiver_positions)
+        at = [f"positions {each}" if each is not None else "all positions" for each in positions]
         if self.to_logits and self.metric.last_only:
-            last = torch.zeros_like(everywhere)
+            at[1] = "the last position"
+            last = torch.zeros_like(self.read)
             last[:, -1] = True
+            _check_common(
+                self.read & last,
+                f"The metric {self.metric.name} reads the last token's logits, which the receiver positions leave out",
+                receiver_positions,
+                "Say receiver_positions=-1, or leave them out",
+            )
             self.read = self.read & last
-        written = columns_of(self.prompts.clean, sender_positions)
-        written = everywhere if written is None else written.cpu()
+        written = _columns(self.prompts, sender_positions)
+        _check_common(
+            written & self.read,
+            "With all heads held, what is sent at a position is received there alone, and these have none in common",
+            f"senders at {at[0]}, receivers at {at[1]}",
+            "Give both the same positions, or leave one out",
+        )
         self.written: Columns = written & differing(self.prompts) & self.read
         # Receivers' inputs are replaced from the first column on that a sender can have changed.
         self.replaced: Columns = self.read & self.written.cummax(dim=1).values
@@ -207,6 +219,19 @@ class _Work:
         on_corrupt = Engine(self.model, self.prompts.corrupt, max_rows=self.max_rows).clean(self.metric)
         on_clean = self.engine.clean(self.metric)
         return Effects(values=values.reshape(shape), axes=axes, what=what, clean=on_clean, corrupt=on_corrupt)
+
+
+def _columns(prompts: Pair, positions: Positions) -> Columns:
+    """Those of positions, or all."""
+    found = columns_of(prompts.clean, positions)
+    return torch.ones(prompts.clean.tokens.shape, dtype=torch.bool) if found is None else found.cpu()
+
+
+def _check_common(columns: Columns, what: str, got: object, fix: str) -> None:
+    """Raise InputError for a prompt that has no such column: nothing would be patched in it."""
+    empty = (~columns.any(1)).nonzero()[:, 0].tolist()
+    if empty:
+        raise InputError(what, got=f"{got} (prompt {empty[0]})", fix=fix)
 
 
 def _receivers(nodes: list[Node]) -> list[Node]:

@@ -45,9 +45,11 @@ def _mlp_taps(model: HookedModel, layer: int, rules: Rules) -> list[Tap]:
     mlp = model.spec.mlp
     if isinstance(mlp, Experts):
         raise ModelError(
-            "The rules for activation functions and gates are not there for mixtures of experts",
-            got=str(rules),
-            fix="Use frozen_norms and frozen_patterns",
+            "The rules identity_activations and half_gates need one activation function for all tokens, and in a mixture of "
+            "experts each token has those of its own experts",
+            got=f"the rules {rules} for {model.name}",
+            expected="no rules, frozen_norms or frozen_patterns",
+            fix="Say rules=Rules(frozen_norms=True, frozen_patterns=True), or --rule frozen_norms",
         )
     seen: dict[str, Tensor] = {}
 

@@ -35,8 +35,8 @@ class Options(CommandOptions):
     """Which nodes: head, q, k, v, attn_out, mlp_out, neuron, resid_pre, resid_mid or resid_post."""
     rule: str = "none"
     """none, relp, frozen_norms, frozen_patterns, identity_activations or half_gates."""
-    steps: int = 5
-    """Points on the line along which gradients are integrated."""
+    steps: int | None = None
+    """Points on the line along which gradients are integrated (not said: 5); not for gradient and eap."""
     direction: str = "noising"
     """noising: corrupt activations into the clean run; denoising: the other way round."""
     by_position: bool = False
@@ -59,8 +59,15 @@ def run(options: Options) -> dict[str, Any]:
     """Attribute, and list the largest scores with 95 % bootstrap intervals over prompts."""
     from microtome.circuits.attribution_config import AttributeConfig, Rules
 
-    shared = ("level", "method", "over", "steps", "direction", "by_position", "batch_size")
+    shared = ["level", "method", "over", "direction", "by_position", "batch_size"]
+    shared += [] if options.steps is None else ["steps"]
     config = AttributeConfig(**{name: getattr(options, name) for name in shared}, rules=Rules.named(options.rule))
+    if options.steps is not None and config.path is None:
+        raise ConfigError(
+            f"The method {config.method} takes the gradient at one place: there are no steps",
+            got=f"--steps {options.steps}",
+            fix="Leave it out, or say --method eap-ig",
+        )
     if options.figure is not None and options.level == "edge":
         raise ConfigError(
             "Edges are drawn as a circuit", fix="microtome circuit --figure FILE.svg draws the best of them"

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from microtome.circuits import Circuit, CircuitRunner
 
 Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="STR ...")]
+# How a circuit is found where nothing is said. The options themselves have no default, so that a said one is known.
+_SEARCH: dict[str, Any] = {
+    "edges": 500, "method": "eap-ig", "rule": "none", "steps": 5, "tau": 0.01, "how": "greedy", "by": "size"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +35,22 @@ class Options(CommandOptions):
     """The wrong next token, likewise."""
     circuit: Path | None = None
     """Measure this circuit instead of finding one."""
-    edges: int = 500
-    """How many edges to keep at most."""
-    method: str = "eap-ig"
-    """How edges are scored: eap, eap-ig or eap-ig-activations; or acdc, which tries each of the best edges."""
-    rule: str = "none"
-    """none, relp, frozen_norms, frozen_patterns, identity_activations or half_gates."""
-    steps: int = 5
-    """Points on the line along which gradients are integrated."""
-    tau: float = 0.01
-    """For acdc: an edge is taken out if KL divergence rises by less; the circuit of --edges edges is where it begins."""
-    how: str = "greedy"
-    """greedy: from the logits backwards; top: the best of all."""
-    by: str = "size"
-    """size: the largest effects; negative: those that help first; positive: those that hurt first."""
+    edges: int | None = None
+    """How many edges to keep at most (not said: 500)."""
+    method: str | None = None
+    """How edges are scored: eap, eap-ig (not said: this) or eap-ig-activations; or acdc, which tries each of the best
+    edges."""
+    rule: str | None = None
+    """none (not said: this), relp, frozen_norms, frozen_patterns, identity_activations or half_gates."""
+    steps: int | None = None
+    """Points on the line along which gradients are integrated (not said: 5)."""
+    tau: float | None = None
+    """For acdc: an edge is taken out if KL divergence rises by less (not said: 0.01); the circuit of --edges edges is where
+    it begins."""
+    how: str | None = None
+    """greedy: from the logits backwards (not said: this); top: the best of all."""
+    by: str | None = None
+    """size: the largest effects (not said: this); negative: those that help first; positive: those that hurt first."""
     replace: str = "counterfactual"
     """What the other edges carry: counterfactual, mean or resample."""
     curve: bool = False
@@ -100,32 +106,53 @@ def _check(options: Options) -> None:
         raise ConfigError("A circuit is drawn as SVG or as Graphviz text", got=options.figure, expected=".svg or .dot")
     if options.out is not None and options.out.exists() and not options.overwrite:
         raise ConfigError(f"{options.out} is already there", fix="Choose another name, or say --overwrite")
-    if options.edges < 1:
+    if options.edges is not None and options.edges < 1:
         raise ConfigError("A circuit cannot have so many edges", got=options.edges, expected="1 or more")
+    said = [name for name in _SEARCH if getattr(options, name) is not None]
     if options.circuit is not None and options.curve:
         raise ConfigError("A curve is of circuits of growing size, not of one", fix="Leave out --circuit or --curve")
+    if options.circuit is not None and said:
+        raise ConfigError(
+            "With --circuit nothing is searched for: the circuit is measured as it is",
+            got=", ".join(f"--{name}" for name in said),
+            fix="Leave that out, or leave out --circuit",
+        )
+    method = options.method or _SEARCH["method"]
+    for name, methods in (
+        ("tau", ("acdc",)),
+        ("steps", ("acdc", "eap-ig", "integrated-gradients", "eap-ig-activations")),
+    ):
+        if name in said and method not in methods:
+            raise ConfigError(
+                f"--{name} is not used by the method {method}",
+                got=f"--{name} {getattr(options, name)}",
+                fix=f"Leave it out, or say --method {methods[0] if name == 'tau' else 'eap-ig'}",
+            )
 
 
 def _found(options: Options, on: "CircuitRunner") -> tuple["Circuit", dict[str, Any]]:
     """The circuit of the best edges, and the curves if they were asked for."""
     from microtome.circuits import Rules, acdc, attribute, circuit_runner, faithfulness_curve, prune, random_scores
 
+    said = {name: getattr(options, name) for name in _SEARCH if getattr(options, name) is not None}
+    search = {**_SEARCH, **said}
+    how, by, tau = search["how"], search["by"], search["tau"]
     model, texts = on.model, (list(options.clean), list(options.corrupt))
     scores = attribute(
-        model, *texts, on.metric, level="edge", method="eap-ig" if options.method == "acdc" else options.method,
-        steps=options.steps, rules=Rules.named(options.rule), batch_size=options.rows,
+        model, *texts, on.metric, level="edge", method="eap-ig" if search["method"] == "acdc" else search["method"],
+        steps=search["steps"], rules=Rules.named(search["rule"]), batch_size=options.rows,
     )  # fmt: skip
-    found = prune(model, scores, options.edges, how=options.how, by=options.by)
-    if options.method == "acdc":
+    found = prune(model, scores, search["edges"], how=how, by=by)
+    if search["method"] == "acdc":
         by_kl = circuit_runner(model, *texts, replace=options.replace, rows=options.rows, seed=options.seed)
-        found = acdc(by_kl, tau=options.tau, begin=found)
+        found = acdc(by_kl, tau=tau, begin=found)
         if not found.n_edges:
-            raise ConfigError("No edge is worth its place at this --tau", got=options.tau, fix="Choose a smaller one")
+            raise ConfigError("No edge is worth its place at this --tau", got=tau, fix="Choose a smaller one")
     if not options.curve:
         return found, {}
     curves = {
-        "curve": faithfulness_curve(on, scores, how=options.how, by=options.by),
-        "random": faithfulness_curve(on, random_scores(on.graph, options.seed), how=options.how),
+        "curve": faithfulness_curve(on, scores, how=how, by=by),
+        "random": faithfulness_curve(on, random_scores(on.graph, options.seed), how=how),
     }
     return found, {name: curve.to_json() for name, curve in curves.items()}
 

@@ -27,6 +27,8 @@ class Options(TextOptions):
     """Tokens for reconstruction figures."""
     function_tokens: int = 16_384
     """Tokens of these for CE and KL."""
+    whole_only: bool = False
+    """Of dictionaries that write several points: no CE and KL with each of these alone replaced."""
     similarity: bool = False
     """Compare the decoders too: MMCS of each pair, both directions and one to one."""
     out: Path | None = None
@@ -37,11 +39,13 @@ def run(options: Options) -> dict[str, Any]:
     """Compare, write what was asked for, and return the table."""
     from microtome.common.artifacts import write_json
     from microtome.common.config import to_dict
-    from microtome.dictionary import EvaluateConfig, compare, load_dictionary
+    from microtome.dictionary import EvaluateConfig, compare, load_any_dictionary
     from microtome.dictionary.measures import finite
 
-    config = EvaluateConfig(n_tokens=options.n_tokens, function_tokens=options.function_tokens)
-    opened = [load_dictionary(name) for name in options.dictionaries]
+    config = EvaluateConfig(
+        n_tokens=options.n_tokens, function_tokens=options.function_tokens, whole_only=options.whole_only
+    )
+    opened = [load_any_dictionary(name) for name in options.dictionaries]
     model = options.load_model()
     dictionaries = [dictionary.to(model.device) for dictionary in opened]
     dataset = options.load_tokens(model, place(options.dictionaries[0]))

@@ -23,7 +23,9 @@ class Options(TextOptions):
     n_tokens: int = 131_072
     """Tokens for reconstruction figures."""
     function_tokens: int = 16_384
-    """Tokens of these for CE and KL (four full forward passes each)."""
+    """Tokens of these for CE and KL (four full forward passes each, and three for each point of several)."""
+    whole_only: bool = False
+    """Of a dictionary that writes several points: no CE and KL with each of these alone replaced."""
     metrics: tuple[str, ...] = ("core", "geometry")
     """core, geometry, probing, absorption, scr, tpp, ravel. Only core needs a corpus."""
     probe_data: Path | None = None
@@ -39,12 +41,14 @@ def run(options: Options) -> dict[str, Any]:
     """Evaluate, write the figures, and return them."""
     from microtome.common.artifacts import write_json
     from microtome.common.config import to_dict
-    from microtome.dictionary import EvaluateConfig, evaluate, load_dictionary
+    from microtome.dictionary import EvaluateConfig, evaluate, load_any_dictionary
     from microtome.dictionary.measures import Measures, check_names, finite
 
     check_names(options.metrics)
-    config = EvaluateConfig(n_tokens=options.n_tokens, function_tokens=options.function_tokens)
-    sae = load_dictionary(options.dictionary)
+    config = EvaluateConfig(
+        n_tokens=options.n_tokens, function_tokens=options.function_tokens, whole_only=options.whole_only
+    )
+    sae = load_any_dictionary(options.dictionary)
     model = options.load_model()
     sae = sae.to(model.device)
     figures: dict[str, Any] = {}
@@ -70,7 +74,7 @@ def place(dictionary: str) -> Path:
 
 def show(result: dict[str, Any]) -> str:
     """The figures of `evaluate`, less the histogram and the intervals; then the main figures of each other metric."""
-    hidden = ("density_edges", "density_counts", "intervals", "points", *_SHOWN)
+    hidden = ("density_edges", "density_counts", "intervals", "points", "layers", *_SHOWN)
     rows = [lines({key: value for key, value in result.items() if key not in hidden})]
     intervals = result.get("intervals", {})
     rows += [
@@ -78,12 +82,42 @@ def show(result: dict[str, Any]) -> str:
         for name, (low, high) in intervals.items()
         if None not in (low, high)
     ]
-    if len(result.get("points", ())) > 1:
-        rows += [f"{point['name']}: FVU {point['fvu']:.4g}" for point in result["points"]]
+    rows += _points(result.get("points", ())) + _layers(result.get("layers", ()))
     for name, shown in _SHOWN.items():
         if name in result:
             rows += ["", name, *shown(result[name])]
     return "\n".join(rows)
+
+
+def _points(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The outputs of a dictionary that has several, each alone."""
+    if len(found) < 2:
+        return []
+    rows = ["", "each output alone"]
+    for point in found:
+        near = f"FVU {point['fvu']:.4g}, cosine {_short(point['cosine'])}, norm ratio {_short(point['norm_ratio'])}"
+        rows.append(f"  {point['name']}: {near}, {point['variance']:.1%} of the variance")
+        if loss := point["loss"]:
+            recovered = ", ".join(
+                f"{what} recovered {_short(loss[f'{key}_recovered'])} against zeros, "
+                f"{_short(loss[f'{key}_recovered_mean'])} against the mean"
+                for what, key in (("CE", "ce"), ("KL", "kl"))
+            )
+            rows.append(f"    replaced: CE {loss['delta_ce']:+.4g} nats, KL {loss['kl_spliced']:.4g}; {recovered}")
+    return rows
+
+
+def _layers(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The latents of a cross-layer transcoder, by the input that they read."""
+    rows = [
+        f"  {layer['name']}: L0 {layer['l0']:.4g}, {layer['n_dead']:,} of {layer['n_latents']:,} dead"
+        for layer in found
+    ]
+    return ["", "latents by what they read", *rows] if rows else []
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _estimate(figure: Mapping[str, Any] | None) -> str:

@@ -10,6 +10,7 @@ from microtome.common.device import DTypeName
 
 if TYPE_CHECKING:
     from microtome.circuits import HeadScores
+    from microtome.views import Heatmap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Options(CommandOptions):
     top: int = 5
     """How many heads of each kind to show."""
     figure: Path | None = None
-    """Draw layer by head of the first kind as .png, .svg, .html or .json."""
+    """Draw layer by head as .png, .svg, .html or .json: of several kinds a file each, heads-induction.png for heads.png."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def run(options: Options) -> dict[str, Any]:
         "sequences": options.batch,
         "kinds": {kind: _kind(scores, kind, options.top) for kind in scores},
     }
-    return result if options.figure is None else {**result, "figure": str(_draw(scores, options.figure))}
+    return result if options.figure is None else {**result, "figures": _draw(scores, options.figure)}
 
 
 def _kind(scores: "HeadScores", kind: str, top: int) -> dict[str, Any]:
@@ -87,12 +88,18 @@ def _kind(scores: "HeadScores", kind: str, top: int) -> dict[str, Any]:
     }
 
 
-def _draw(scores: "HeadScores", path: Path) -> Path:
+def _draw(scores: "HeadScores", path: Path) -> list[str]:
+    """A heatmap of each kind; of several, the kind stands in the name of its file."""
+    kinds = list(scores)
+    places = {kind: path if len(kinds) == 1 else path.with_name(f"{path.stem}-{kind}{path.suffix}") for kind in kinds}
+    return [str(_heatmap(scores, kind).save(place)) for kind, place in places.items()]
+
+
+def _heatmap(scores: "HeadScores", kind: str) -> "Heatmap":
     from microtome.views import Heatmap
 
-    kind = next(iter(scores))
     grid = scores[kind]
-    Heatmap(
+    return Heatmap(
         grid,
         rows=[str(i) for i in range(grid.shape[0])],
         columns=[str(i) for i in range(grid.shape[1])],
@@ -102,8 +109,7 @@ def _draw(scores: "HeadScores", path: Path) -> Path:
         limits=(-1, 1) if kind == "copying" else (0, 1),
         diverging=kind == "copying",
         caption=scores.effects[kind].notes[0],
-    ).save(path)
-    return path
+    )
 
 
 def show(result: dict[str, Any]) -> str:
@@ -114,4 +120,4 @@ def show(result: dict[str, Any]) -> str:
         for row in of_kind["top"]:
             interval = f"   {row['low']:.3f} to {row['high']:.3f}" if result["sequences"] > 1 else ""
             rows.append(f"  {row['head']:<9}{row['score']:>7.3f}{interval}")
-    return "\n".join([*rows, *([result["figure"]] if "figure" in result else [])])
+    return "\n".join([*rows, *result.get("figures", ())])

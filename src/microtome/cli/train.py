@@ -44,7 +44,8 @@ class Options(TextOptions):
     coefficient: float | None = None
     """The weight λ of the penalty (the others)."""
     target_l0: float | None = None
-    """Find the λ with which this many latents fire on each token, by short trainings beforehand."""
+    """Find the λ with which this many latents fire on each token, by short trainings beforehand. With --cross-layer, like
+    --d-sae and --k: in each layer."""
     revival: Literal["aux", "resample", "ghost", "none"] = "aux"
     """What is done for dead latents."""
     aux_k: int | None = None

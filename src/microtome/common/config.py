@@ -114,7 +114,7 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> 
     return rows
 
 
-def require(condition: bool, what: str, *, got: object = None, expected: object = None) -> None:
+def require(condition: bool, what: str, *, got: object = None, expected: object = None, fix: str | None = None) -> None:
     """Raise ConfigError unless `condition` holds: for `__post_init__`."""
     if not condition:
-        raise ConfigError(what, got=got, expected=expected)
+        raise ConfigError(what, got=got, expected=expected, fix=fix)

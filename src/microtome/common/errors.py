@@ -22,14 +22,13 @@ class MicrotomeError(Exception):
         fix: str | None = None,
     ) -> None:
         self.what, self.got, self.expected, self.fix = what, got, expected, fix
-        parts = [what if what.endswith((".", "?", "!")) else f"{what}."]
-        if got is not None:
-            parts.append(f"Got: {got}.")
-        if expected is not None:
-            parts.append(f"Expected: {expected}.")
-        if fix is not None:
-            parts.append(fix if fix.endswith((".", "?", "!")) else f"{fix}.")
-        super().__init__(" ".join(parts))
+        said = [what, *(f"{name}: {part}" for name, part in (("Got", got), ("Expected", expected)) if part is not None)]
+        super().__init__(" ".join(map(_sentence, said if fix is None else [*said, fix])))
+
+
+def _sentence(text: str) -> str:
+    """The text with a full stop, if it has none."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 class ConfigError(MicrotomeError):

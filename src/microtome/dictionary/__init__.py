@@ -20,6 +20,7 @@ from microtome.dictionary.disentanglement import Disentanglement, disentanglemen
 from microtome.dictionary.entities import Entities, cities, read_entities
 from microtome.dictionary.evaluate import EvaluateConfig, Evaluation, evaluate, evaluate_all
 from microtome.dictionary.formats import (
+    load_any_dictionary,
     load_cross_layer_transcoder,
     load_dictionaries,
     load_dictionary,
@@ -73,6 +74,7 @@ __all__ = [
     "evaluate_all",
     "first_letters",
     "geometry",
+    "load_any_dictionary",
     "load_cross_layer_transcoder",
     "load_dictionaries",
     "load_dictionary",

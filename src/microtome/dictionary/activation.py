@@ -12,6 +12,7 @@ numbers so that `c · pre` gives `c · f`, which is what folds input scales and 
 | `Gated`    | 1[π > 0] · ReLU(e^r ⊙ (π − b_gate) + b_mag), π = pre      | Rajamanoharan et al. 2024, 2404.16014    |
 """
 
+import copy
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -39,6 +40,13 @@ class Activation(nn.Module, ABC):
     def scale_(self, c: Float[Tensor, "..."]) -> None:
         """Fit the module's numbers to pre-activations that are `c` times as large: a factor for all latents, or one for
         each."""
+
+    def of_latents(self, latents: slice) -> "Activation":
+        """The same with the numbers of some of its latents alone. A TopK of these keeps k as it is."""
+        part = copy.deepcopy(self)
+        for name, numbers in self.named_parameters():
+            setattr(part, name, nn.Parameter(numbers[latents].detach().clone()))
+        return part
 
 
 class ReLU(Activation):

@@ -78,18 +78,29 @@ class DictionaryConfig:
         require(self.lr is None or self.lr > 0, "lr must be positive", got=self.lr)
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm must be positive", got=self.clip_norm)
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas are two in [0, 1)", got=self.betas)
-        require(not self.tied or not self.is_transcoder, "Only an autoencoder can be tied", got=self.outputs)
+        require(
+            not self.tied or not self.is_transcoder,
+            "Only an autoencoder can be tied",
+            got="cross_layer=True" if self.cross_layer else self.outputs,
+            fix="Leave out tied",
+        )
         require(not self.skip or self.is_transcoder, "Only a transcoder can have a skip path", got=self.outputs)
         require(
             not (self.tied and self.fine_tune) or self.unit_norms,
             "A tied dictionary can be fine-tuned with unit norms only",
             got=f"norms {self.norms}",
         )
-        require(not (self.tied and self.cross_layer), "A cross-layer transcoder cannot be tied")
         require(
             self.encoder_start == "transpose" or not self.tied,
             "A tied dictionary has no encoder to begin otherwise",
             got=f"encoder_start {self.encoder_start!r}",
+        )
+        require(
+            not (self.skip and self.cross_layer),
+            "A cross-layer transcoder has no skip path",
+            got="skip=True",
+            expected="skip=False",
+            fix="Leave out skip, or train transcoders with skip paths, one for each layer (--per-layer, per_layer)",
         )
 
     @property

@@ -142,6 +142,29 @@ class CrossLayerTranscoder(nn.Module):
         for layer in self._layers():
             self.W_dec[layer].div_(outputs[layer:, None])
 
+    @torch.no_grad()
+    def fold_decoder_norms(self) -> None:
+        """Give every latent's decoder rows, those for all layers together, unit norm; its codes grow by what they had. Rows
+        of zeros stay."""
+        norms = torch.stack([rows.flatten(1).norm(dim=1) for rows in self.W_dec])
+        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        self.encoder.mul_(norms[..., None])
+        self.b_enc.mul_(norms)
+        for rows, of_layer in zip(self.W_dec, norms, strict=True):
+            rows.div_(of_layer[:, None, None])
+        for activation, factor in zip(self._activations, norms.flatten().chunk(len(self.activations)), strict=True):
+            activation.scale_(factor)
+
+    def layer_activations(self) -> list[Activation]:
+        """An activation for each layer. One that chooses among the latents of all layers (TopK) chooses in each."""
+        if len(self._activations) == self.n_layers:
+            return self._activations
+        return [self._activations[0].of_latents(self._slice(layer)) for layer in self._layers()]
+
+    @property
+    def _activations(self) -> list[Activation]:
+        return [each for each in self.activations if isinstance(each, Activation)]
+
     def _layers(self) -> range:
         return range(self.n_layers)
 
@@ -149,6 +172,4 @@ class CrossLayerTranscoder(nn.Module):
         return slice(layer * self.width, (layer + 1) * self.width)
 
     def _codes(self, which: int, pre: Float[Tensor, "n f"], bias: Float[Tensor, " f"]) -> SparseCodes:
-        activation = self.activations[which]
-        assert isinstance(activation, Activation)
-        return activation.codes(pre, bias)
+        return self._activations[which].codes(pre, bias)

@@ -51,6 +51,14 @@ class Decoder(nn.Module, ABC):
     def row_weights(self, weights: Float[Tensor, "S n"], member: int) -> Float[Tensor, " n"]:
         """How much each row counts for a member, given how much it counts for each output."""
 
+    @abstractmethod
+    def take_out_growth(self) -> None:
+        """Take out of the gradient what would only change a row's length (Bricken et al. 2023)."""
+
+    @abstractmethod
+    def normalise(self) -> None:
+        """Bring every row back to norm one."""
+
     def rows(self, member: int) -> Float[Tensor, "F span"]:
         """A member's decoder rows, with gradient."""
         parameter, index = self.place(member)
@@ -89,17 +97,11 @@ class OwnDecoder(Decoder):
     def row_weights(self, weights: Float[Tensor, "S n"], member: int) -> Float[Tensor, " n"]:
         return weights[member]
 
-    @torch.no_grad()
     def take_out_growth(self) -> None:
-        """Take out of the gradient what would only change a row's length (Bricken et al. 2023)."""
-        if self.W_dec.grad is not None:
-            squares = self.W_dec.square().sum(2, keepdim=True).clamp_min(1e-12)
-            along = (self.W_dec.grad * self.W_dec).sum(2, keepdim=True) / squares
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+        _take_out_growth(self.W_dec)
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Bring every row back to norm one."""
         self.W_dec.div_(self.norms().clamp_min(1e-12)[..., None])
 
 
@@ -148,6 +150,24 @@ class CrossLayerDecoder(Decoder):
     def row_weights(self, weights: Float[Tensor, "S n"], member: int) -> Float[Tensor, " n"]:
         """A row that is an outlier at any of the outputs counts as little as there."""
         return weights[member:].amin(0)
+
+    def take_out_growth(self) -> None:
+        for rows in self.W_dec:
+            _take_out_growth(rows)
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        for rows in self.W_dec:
+            rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+
+@torch.no_grad()
+def _take_out_growth(rows: Tensor) -> None:
+    """Take out of the gradient of rows what lies along them."""
+    if rows.grad is not None:
+        squares = rows.square().sum(-1, keepdim=True).clamp_min(1e-12)
+        along = (rows.grad * rows).sum(-1, keepdim=True) / squares
+        rows.grad.addcmul_(along, rows, value=-1)
 
 
 def _of_member(values: Entries, kept: Kept, member: int) -> tuple[Entries, Kept]:

@@ -22,7 +22,7 @@ from microtome.dictionary.entities import Entities, cities
 from microtome.dictionary.fit import check_fit
 from microtome.dictionary.intervals import Estimate
 from microtome.dictionary.labelled import in_decoder_units
-from microtome.dictionary.splice import spliced
+from microtome.dictionary.splice import parts_of, spliced
 from microtome.dictionary.surface import Read, SparseDictionary, decoder_rows
 from microtome.model import HookedModel
 from microtome.model.prompts import Prompts
@@ -233,7 +233,8 @@ class _Exchange:
         where: Bool[Tensor, "row pos"] = torch.zeros(prompts.tokens.shape, dtype=torch.bool)
         where[torch.arange(len(base)), ask.place[base]] = True
         everywhere = y[:, None].expand(-1, where.shape[1], -1)
-        logits = spliced(self.model, prompts, self.dictionary.origin.outputs, everywhere, where.to(self.model.device))
+        parts = parts_of(self.model, self.dictionary.origin.outputs, everywhere)
+        logits = spliced(self.model, prompts, parts, where.to(self.model.device))
         return _answer(logits, prompts, ask.answers)
 
 

@@ -9,7 +9,8 @@ Two passes over held-out text, special tokens (BOS, separator) left out everywhe
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -20,8 +21,8 @@ from microtome.common.config import require
 from microtome.common.progress import Progress, progress
 from microtome.dictionary.fit import check_fit
 from microtome.dictionary.moments import Moments, units_of
-from microtome.dictionary.reconstruction import PointFit, Reconstruction, density_histogram
-from microtome.dictionary.splice import Function
+from microtome.dictionary.reconstruction import LayerLatents, PointFit, Reconstruction, density_histogram
+from microtome.dictionary.splice import FIGURES, Function, Splice
 from microtome.dictionary.surface import Read, SparseDictionary
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
@@ -32,11 +33,13 @@ __all__ = ["EvaluateConfig", "Evaluation", "Moments", "density_histogram", "eval
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """How much text: `n_tokens` for reconstruction, `function_tokens` of them for CE and KL; `batch_tokens` per forward
-    pass."""
+    pass. `whole_only`: of a dictionary that writes several points no CE and KL with each of these alone replaced, which
+    cost three passes for each point."""
 
     n_tokens: int = 131_072
     function_tokens: int = 16_384
     batch_tokens: int = 2048
+    whole_only: bool = False
 
     def __post_init__(self) -> None:
         require(self.n_tokens >= self.function_tokens >= 0, "n_tokens must hold function_tokens", got=self.n_tokens)
@@ -48,8 +51,9 @@ class Evaluation:
     """The figures. Fractions are of 1; cross-entropies and KL in nats per token; `n_tokens` counts text tokens.
 
     `fvu` = Σ‖y − ŷ‖² / Σ‖y − ȳ‖² over all text tokens (y = x for an autoencoder); `explained_variance` is 1 − fvu, so
-    about the mean, not about zero. `points` has both for each output point. `fvu_all_positions` counts special tokens
-    too and is there for comparison with tools that do: their outsized norm flatters it.
+    about the mean, not about zero. `points` has each output point alone; `layers` has, of a cross-layer transcoder, the
+    latents of each layer, whose `l0` add up to that of all. `fvu_all_positions` counts special tokens too and is there for
+    comparison with tools that do: their outsized norm flatters it.
 
     `ce_recovered` = (ce_zero − ce_spliced) / (ce_zero − ce_clean), `kl_recovered` = (kl_zero − kl_spliced) / kl_zero; the
     fields that end in `_mean` are against the mean of y over the data set. `delta_ce` = ce_spliced − ce_clean.
@@ -69,6 +73,7 @@ class Evaluation:
     outlier_variance: float
     fvu_all_positions: float
     points: tuple[PointFit, ...]
+    layers: tuple[LayerLatents, ...]
     cosine: float
     norm_ratio: float
     ce_clean: float | None
@@ -138,23 +143,34 @@ def evaluate_all(
             for part in parts:
                 part.add(read, is_text, unit[rows])
         figures = [part.figures() for part in parts]
-        means = {part.dictionary.origin.outputs: part.text.mean.float() for part in parts}
-        function = Function(model, dictionaries, means, min(n_function, len(function_unit.unique())))
+        means = {name: mean for part in parts for name, mean in part.means().items()}
+        splices = Splice.all_of(dictionaries, each_point=not config.whole_only)
+        function = Function(model, dictionaries, splices, means, min(n_function, len(function_unit.unique())))
         for rows, tokens in _batches(dataset, n_function, config.batch_tokens, bar):
             is_text = text_mask(tokens, dataset.special_ids)
             function.add(tokens.to(model.device), is_text.to(model.device), function_unit[rows])
-    return [_evaluation(found, function.figures(i)) for i, found in enumerate(figures)]
+    return [_evaluation(found, function, i) for i, found in enumerate(figures)]
 
 
-def _evaluation(reconstruction: dict[str, object], function: dict[str, object]) -> Evaluation:
-    intervals = {**_mapping(reconstruction["intervals"]), **_mapping(function["intervals"])}
-    fields: dict[str, object] = {**reconstruction, **function, "intervals": intervals}
-    return Evaluation(**fields)  # type: ignore[arg-type]
+def _evaluation(reconstruction: dict[str, Any], function: Function, i: int) -> Evaluation:
+    """The figures of dictionary `i`."""
+    of_points = {splice.points: splice for splice in function.splices if splice.of == i}
+    whole = tuple(point.name for point in reconstruction["points"])
+    loss = function.figures(of_points[whole])
+    points = tuple(
+        _with_loss(point, function.figures(of_points[(point.name,)]))
+        if len(whole) > 1 and function.n > 0 and (point.name,) in of_points
+        else point
+        for point in reconstruction["points"]
+    )
+    intervals = {**reconstruction["intervals"], **loss["intervals"]}
+    return Evaluation(**{**reconstruction, **loss, "points": points, "intervals": intervals})
 
 
-def _mapping(value: object) -> dict[str, object]:
-    assert isinstance(value, dict)
-    return value
+def _with_loss(point: PointFit, loss: dict[str, Any]) -> PointFit:
+    """What comes near at a point, and what the model loses there."""
+    intervals = {**point.intervals, **loss["intervals"]}
+    return replace(point, loss={name: loss[name] for name in FIGURES}, intervals=intervals)
 
 
 def _batches(

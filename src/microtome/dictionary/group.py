@@ -18,8 +18,8 @@ from microtome.dictionary.architectures import make_rule
 from microtome.dictionary.config import DictionaryConfig, PenaltyConfig
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
-from microtome.dictionary.formats import load_dictionary
-from microtome.dictionary.layout import Layered, Layout, Separate, Sites, take
+from microtome.dictionary.formats import load_any_dictionary
+from microtome.dictionary.layout import Layered, Layout, Separate, Sites
 from microtome.dictionary.resampling import resample
 from microtome.dictionary.stack import DataStatistics, Stack, StepReport
 from microtome.dictionary.statistics import geometric_median
@@ -77,10 +77,8 @@ class Group:
         self.stack.initialise(data, self.layout.seeds([seed if c.seed is None else c.seed for c in self.configs]))
         for member, config in enumerate(self.configs):
             if config.fine_tune is not None:
-                assert isinstance(self.layout, Separate)
-                start = load_dictionary(config.fine_tune, device=str(rows.device))
-                in_scales, out_scales = (take(scales, c) for c in (self.layout.x_columns, self.layout.y_columns))
-                self.stack.begin_with(member, start, in_scales, out_scales)
+                start = load_any_dictionary(config.fine_tune, device=str(rows.device))
+                self.layout.begin_with(self.stack, member, start, scales)
 
     # ---- a step -------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@
 cross-layer transcoder; each reads, and has as its target, the columns of its own layer.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -70,6 +71,12 @@ class Layout(Protocol):
     def figures(self, by_member: dict[str, Tensor]) -> list[dict[str, Any]]:
         """The figures of each dictionary, given those of each member."""
 
+    def begin_with(
+        self, stack: Stack, which: int, start: Dictionary | CrossLayerTranscoder, scales: Float[Tensor, " d"]
+    ) -> None:
+        """The inverse of `export`: the dictionary with this place begins with the weights of another. Raises ConfigError for
+        one of another kind or size."""
+
     def export(
         self, stack: Stack, which: int, origin: dict[str, Any], scales: Float[Tensor, " d"]
     ) -> Dictionary | CrossLayerTranscoder:
@@ -126,6 +133,18 @@ class Separate(_Points):
         lists = {name: values.tolist() for name, values in by_member.items()}
         return [{name: values[i] for name, values in lists.items()} for i in range(self.members)]
 
+    def begin_with(
+        self, stack: Stack, which: int, start: Dictionary | CrossLayerTranscoder, scales: Float[Tensor, " d"]
+    ) -> None:
+        if not isinstance(start, Dictionary):
+            raise ConfigError(
+                "What is to be fine-tuned is a cross-layer transcoder, and its config is of none",
+                got="cross_layer=False",
+                expected="cross_layer=True",
+                fix="Say so, with its points as inputs and outputs, and use train_cross_layer",
+            )
+        stack.begin_with(which, start, take(scales, self.x_columns), take(scales, self.y_columns))
+
     def export(self, stack: Stack, which: int, origin: dict[str, Any], scales: Float[Tensor, " d"]) -> Dictionary:
         return stack.export(which, self.origin(origin), take(scales, self.x_columns), take(scales, self.y_columns))
 
@@ -133,8 +152,7 @@ class Separate(_Points):
 class Layered(_Points):
     """The layers of a cross-layer transcoder.
 
-    Raises ConfigError unless there are as many outputs as inputs and all inputs, and all outputs, are of one width, and
-    for settings that such a transcoder does not have.
+    Raises ConfigError unless there are as many outputs as inputs and all inputs, and all outputs, are of one width.
     """
 
     def __init__(self, config: DictionaryConfig, sites: Sites) -> None:
@@ -152,10 +170,6 @@ class Layered(_Points):
                 got=dict(zip((*self.inputs, *self.outputs), (*self.in_widths, *self.out_widths), strict=True)),
             )
         self.d_in = self.d_out = widths.pop()
-        not_there = {"skip": config.skip, "norms='unit'": config.unit_norms, "fine_tune": config.fine_tune is not None}
-        for name, said in not_there.items():
-            if said:
-                raise ConfigError(f"A cross-layer transcoder is trained without {name}", fix="Leave it out")
 
     def decoder(self, d_sae: int) -> Decoder:
         return CrossLayerDecoder(self.members, d_sae, self.d_out)
@@ -178,23 +192,58 @@ class Layered(_Points):
         return [{**means, "dead": int(by_member["dead"].sum()), "fvu_by_layer": by_member["fvu"].tolist()}]
 
     @torch.no_grad()
+    def begin_with(
+        self, stack: Stack, which: int, start: Dictionary | CrossLayerTranscoder, scales: Float[Tensor, " d"]
+    ) -> None:
+        if not isinstance(start, CrossLayerTranscoder):
+            raise ConfigError(
+                "Only a cross-layer transcoder is fine-tuned to one",
+                got=start.architecture,
+                expected="the folder of a cross-layer transcoder",
+                fix="Leave out cross_layer, or name another folder",
+            )
+        sizes, found = (self.members, self.d_in, stack.d_sae), (start.n_layers, start.d_model, start.width)
+        if sizes != found:
+            raise ConfigError(
+                "The cross-layer transcoder to fine-tune is of other sizes than its config",
+                got=f"(layers, d_model, latents of a layer) = {found}",
+                expected=sizes,
+                fix="Take its points as inputs and outputs, and its latents of a layer as d_sae",
+            )
+        begun = copy.deepcopy(start).to(stack.b_enc.device, torch.float32)
+        inputs, outputs = self._scales(scales)
+        begun.fold_scales(1 / inputs, 1 / outputs)
+        if stack.config.unit_norms:  # rows have unit norm in scaled units
+            begun.fold_decoder_norms()
+        stack.encoder.copy_(begun.encoder)
+        stack.b_enc.copy_(begun.b_enc)
+        stack.b_dec.copy_(begun.b_dec)
+        for layer, weight in enumerate(begun.W_dec):
+            stack.decoder.rows(layer).copy_(weight.flatten(1))
+        for layer, (activation, norms) in enumerate(zip(begun.layer_activations(), stack.norms(), strict=True)):
+            stack.rule.begin_with(layer, activation, norms)
+
+    @torch.no_grad()
     def export(
         self, stack: Stack, which: int, origin: dict[str, Any], scales: Float[Tensor, " d"]
     ) -> CrossLayerTranscoder:
         """Codes are in units of their decoder rows' norms, as those of dictionaries are."""
-        norms = stack.decoder.norms()
-        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-        activations = [stack.rule.activation(layer, norms[layer]) for layer in range(self.members)]
-        for each, factor in zip(activations, norms, strict=True):
-            each.scale_(factor)
-        made = CrossLayerTranscoder(self.d_in, stack.d_sae, activations, origin=self.origin(origin)).to(norms.device)
-        made.encoder.copy_(stack.encoder * norms[..., None])
-        made.b_enc.copy_(stack.b_enc * norms)
+        activations = [stack.rule.activation(layer, norms) for layer, norms in enumerate(stack.norms())]
+        made = CrossLayerTranscoder(self.d_in, stack.d_sae, activations, origin=self.origin(origin))
+        made = made.to(stack.b_enc.device)
+        made.encoder.copy_(stack.encoder)
+        made.b_enc.copy_(stack.b_enc)
         made.b_dec.copy_(stack.b_dec)
         for layer, weight in enumerate(made.W_dec):
-            weight.copy_((stack.decoder.rows(layer) / norms[layer][:, None]).view_as(weight))
+            weight.copy_(stack.decoder.rows(layer).view_as(weight))
+        if not stack.config.unit_norms:
+            made.fold_decoder_norms()
+        made.fold_scales(*self._scales(scales))
+        return made.requires_grad_(False)
+
+    def _scales(self, scales: Float[Tensor, " d"]) -> tuple[Float[Tensor, " layers"], Float[Tensor, " layers"]]:
+        """Those of the inputs and those of the outputs: every point has one."""
         inputs, outputs = (
             torch.stack([scales[c.start] for c in columns]) for columns in (self.x_columns, self.y_columns)
         )
-        made.fold_scales(inputs, outputs)
-        return made.requires_grad_(False)
+        return inputs, outputs

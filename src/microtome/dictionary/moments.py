@@ -61,10 +61,13 @@ class UnitSums:
     def __getitem__(self, name: str) -> Float[Tensor, " unit"]:
         return self._sums.get(name, torch.zeros(self.n_units, dtype=torch.float64))
 
-    def fvu(self, weights: Float[Tensor, "draws unit"]) -> Float[Tensor, " draws"]:
-        """FVU of units counted so often, from the sums `n`, `square` (‖y‖²), `error` (‖y − ŷ‖²) and the vectors."""
-        n, mean_part = weights @ self["n"], (weights @ self.vector).square().sum(1)
-        return (weights @ self["error"]) / (weights @ self["square"] - mean_part / n)
+    def fvu(
+        self, weights: Float[Tensor, "draws unit"], of: str = "", columns: slice = slice(None)
+    ) -> Float[Tensor, " draws"]:
+        """FVU of units counted so often, from the sums `n`, `square` (‖y‖²), `error` (‖y − ŷ‖²) and the vectors. Of some
+        `columns` of y alone: from the sums whose names have `of` behind them."""
+        n, mean_part = weights @ self["n"], (weights @ self.vector[:, columns]).square().sum(1)
+        return (weights @ self[f"error{of}"]) / (weights @ self[f"square{of}"] - mean_part / n)
 
 
 def units_of(n_sequences: int) -> Int[Tensor, " sequence"]:

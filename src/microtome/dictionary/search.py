@@ -68,7 +68,8 @@ def search_coefficient(
     config: TrainConfig | None = None,
     search: SearchConfig | None = None,
 ) -> PenaltyConfig:
-    """`dictionary` with the coefficient with which the training `config` should end at `target_l0` latents per row.
+    """`dictionary` with the coefficient with which the training `config` should end at `target_l0` latents per row (of a
+    cross-layer transcoder, as its `d_sae`: in each layer, in the mean).
 
     Raises ConfigError for an architecture whose L0 is set otherwise or a target that cannot be, InputError where no
     coefficient that was tried comes to the target; it says which L0 were found.
@@ -148,7 +149,8 @@ def try_coefficients(
         x = group.layout.x(rows).transpose(0, 1).flatten(1)
         for member, number in enumerate(group.numbers):
             sae = group.export(member, trainer.scales, {"model_name": source.model_name})
-            found[number] = float(sae.encode(x).l0.double().mean())
+            layers = sae.d_sae // dictionary.d_sae  # one, but of a cross-layer transcoder
+            found[number] = float(sae.encode(x).l0.double().mean()) / layers
     return [Trial(coefficient, l0) for coefficient, l0 in zip(coefficients, found, strict=True)]
 
 

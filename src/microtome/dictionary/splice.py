@@ -1,19 +1,21 @@
 """What the model loses when it runs on a dictionary's output: cross-entropy and KL of the next token.
 
-Two passes for each batch. The clean run gives every input; then all outputs are replaced at once, at text tokens only
-(BOS and separators keep what they have). So a transcoder, or a crosscoder of several points, is measured as an
-autoencoder is. Beside it stand a run with zeros there and one with the mean over the data set: zeros are far from
+Two passes for each batch. The clean run gives every input; then outputs are replaced, at text tokens only (BOS and
+separators keep what they have): all that a dictionary writes at once, or (of one that writes several points) one point
+alone. Which, a `Splice` says. So a transcoder, a crosscoder of several points, or a cross-layer transcoder is measured as
+an autoencoder is. Beside each stand a run with zeros there and one with the mean over the data set: zeros are far from
 anything that the model knows and flatter the score, the mean is the fairer rest state.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from microtome.dictionary.intervals import interval
+from microtome.dictionary.intervals import drawn_weights, percentiles
 from microtome.dictionary.moments import UnitSums
 from microtome.dictionary.surface import Read, SparseDictionary, points
 from microtome.model import HookedModel
@@ -31,14 +33,22 @@ FIGURES = (
 def spliced(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"] | Prompts,
-    outputs: Outputs,
-    y: Float[Tensor, "*batch_pos d_out"],
+    parts: Mapping[str, Float[Tensor, "*batch_pos _"]],
     where: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, "batch pos d_vocab"]:
-    """Logits with `y` (one vector for all, or one for each position) at the points `outputs` wherever `where` holds."""
+    """Logits with, at each hook point that `parts` names, its tensor (one vector for all, or one for each position) wherever
+    `where` holds."""
+    return model.run_with_hooks(
+        tokens, [(name, _replacing(part.expand(*where.shape, -1), where)) for name, part in parts.items()]
+    )
+
+
+def parts_of(
+    model: HookedModel, outputs: Outputs, y: Float[Tensor, "*batch_pos d_out"]
+) -> dict[str, Float[Tensor, "*batch_pos _"]]:
+    """y as what it is at each of the points `outputs`."""
     widths = [width_at(model, name) for name in outputs] if len(outputs) > 1 else [y.shape[-1]]
-    parts = dict(zip(outputs, y.expand(*where.shape, -1).split(widths, -1), strict=True))
-    return model.run_with_hooks(tokens, [(name, _replacing(part, where)) for name, part in parts.items()])
+    return dict(zip(outputs, y.split(widths, -1), strict=True))
 
 
 def width_at(model: HookedModel, name: str) -> int:
@@ -56,18 +66,40 @@ def _replacing(part: Float[Tensor, "batch pos d"], where: Bool[Tensor, "batch po
     return hook
 
 
+@dataclass(frozen=True)
+class Splice:
+    """What is replaced together: these points, which dictionary number `of` writes."""
+
+    of: int
+    points: Outputs
+
+    @classmethod
+    def all_of(cls, dictionaries: Sequence[SparseDictionary], *, each_point: bool) -> "list[Splice]":
+        """Of each dictionary all its outputs at once; with `each_point`, each of several alone too."""
+        found = [cls(i, dictionary.origin.outputs) for i, dictionary in enumerate(dictionaries)]
+        if each_point:
+            found += [cls(whole.of, (name,)) for whole in list(found) for name in whole.points if len(whole.points) > 1]
+        return found
+
+    @property
+    def key(self) -> str:
+        """Under which name its sums are kept."""
+        return _key(f"spliced {self.of}", self.points)
+
+
 class Function:
-    """Cross-entropy and KL of several dictionaries on one model, summed by unit; the clean run is made once for all, and
-    each ablation once for all that write the same points."""
+    """Cross-entropy and KL of several splices of dictionaries into one model, summed by unit; the clean run is made once for
+    all, and each ablation once for all that replace the same points. `means` has the mean of y at each point."""
 
     def __init__(
         self,
         model: HookedModel,
         dictionaries: Sequence[SparseDictionary],
-        means: Mapping[Outputs, Float[Tensor, " d_out"]],
+        splices: Sequence[Splice],
+        means: Mapping[str, Float[Tensor, " _"]],
         n_units: int,
     ) -> None:
-        self.model, self.dictionaries, self.means = model, dictionaries, means
+        self.model, self.dictionaries, self.splices, self.means = model, dictionaries, splices, means
         self.units = UnitSums(n_units)
         self.n = 0
 
@@ -84,42 +116,45 @@ class Function:
         self.n += len(target)
         self.units.add("n", torch.ones(len(target)), of_row)
         self.units.add("ce_clean", -clean.gather(1, target)[:, 0], of_row)
-        for name, outputs, y in self._replacements(Read(cache)):
-            edited = spliced(self.model, tokens, outputs, y, is_text)[:, :-1][scored].float().log_softmax(-1)
+        for name, parts in self._replacements(Read(cache)):
+            edited = spliced(self.model, tokens, parts, is_text)[:, :-1][scored].float().log_softmax(-1)
             self.units.add(f"ce_{name}", -edited.gather(1, target)[:, 0], of_row)
             self.units.add(f"kl_{name}", (clean.exp() * (clean - edited)).sum(-1), of_row)
 
-    def _replacements(self, read: Read) -> "list[tuple[str, Outputs, Tensor]]":
-        found: list[tuple[str, Outputs, Tensor]] = []
-        for outputs, mean in self.means.items():
-            found += [(_key("zero", outputs), outputs, torch.zeros_like(mean)), (_key("mean", outputs), outputs, mean)]
+    def _replacements(self, read: Read) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for together in dict.fromkeys(splice.points for splice in self.splices):
+            means = {name: self.means[name] for name in together}
+            yield _key("zero", together), {name: torch.zeros_like(mean) for name, mean in means.items()}
+            yield _key("mean", together), means
         for i, dictionary in enumerate(self.dictionaries):
-            x = read.x(dictionary)
+            x, outputs = read.x(dictionary), dictionary.origin.outputs
             rows = x.flatten(0, 1)
             y = dictionary.decode(dictionary.encode(rows), rows).view(*x.shape[:-1], -1)
-            found.append((f"spliced_{i}", dictionary.origin.outputs, y))
-        return found
+            parts = dict(zip(outputs, y.split([len(self.means[name]) for name in outputs], -1), strict=True))
+            for splice in self.splices:
+                if splice.of == i:
+                    yield splice.key, {name: parts[name] for name in splice.points}
 
-    def figures(self, i: int) -> dict[str, Any]:
-        """The fields of `Evaluation` for dictionary `i`: means per token, fractions recovered, and `intervals`. All None
-        when nothing was run."""
+    def figures(self, splice: Splice) -> dict[str, Any]:
+        """`FIGURES` of a splice: means per token and fractions recovered; `n_function_tokens`; `intervals`. All None when
+        nothing was run."""
         if self.n == 0:
             return {**dict.fromkeys(FIGURES), "n_function_tokens": 0, "intervals": {}}
-        outputs = self.dictionaries[i].origin.outputs
-        names = {"clean": "clean", "spliced": f"spliced_{i}", **{name: _key(name, outputs) for name in ABLATIONS}}
+        ablated = {name: _key(name, splice.points) for name in ABLATIONS}
         sums = {
             f"{kind}_{name}": self.units[f"{kind}_{key}"]
             for kind in ("ce", "kl")
-            for name, key in names.items()
+            for name, key in {"clean": "clean", "spliced": splice.key, **ablated}.items()
             if (kind, name) != ("kl", "clean")
         }
         n_units = self.units.n_units
-        values = {name: float(figure[0]) for name, figure in self._figures(sums, torch.ones(1, n_units)).items()}
-        intervals = {
-            name: interval(lambda w, name=name: self._figures(sums, w)[name], n_units)  # type: ignore[misc]
-            for name in FIGURES
+        values = self._figures(sums, torch.ones(1, n_units))
+        drawn = self._figures(sums, drawn_weights(n_units))
+        return {
+            **{name: float(values[name][0]) for name in FIGURES},
+            "n_function_tokens": self.n,
+            "intervals": {name: percentiles(drawn[name]) for name in FIGURES},
         }
-        return {**values, "n_function_tokens": self.n, "intervals": intervals}
 
     def _figures(
         self, sums: Mapping[str, Float[Tensor, " unit"]], weights: Float[Tensor, "draws unit"]
@@ -135,5 +170,5 @@ class Function:
         return found
 
 
-def _key(ablation: str, outputs: Outputs) -> str:
-    return f"{ablation} {' '.join(outputs)}"
+def _key(what: str, together: Outputs) -> str:
+    return f"{what} {' '.join(together)}"

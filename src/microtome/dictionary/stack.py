@@ -140,7 +140,7 @@ class Stack(nn.Module):
         b_dec = self.b_dec if self.config.centered else None
         pre = self.pre_activations(x, select_dtype)
         weights = self._row_weights(y, spreads)
-        step = Step(fraction, weights, self._norms(), self.b_enc, lambda: self._column_sums(x))
+        step = Step(fraction, weights, self.norms(), self.b_enc, lambda: self._column_sums(x))
         kept = self.rule.keep(pre, step)
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
         f = self.rule.values(kept_pre, kept, step)
@@ -217,7 +217,8 @@ class Stack(nn.Module):
         weights: Tensor = (cap**2 * spreads[:, None] / squared).clamp_max(1.0)
         return weights
 
-    def _norms(self) -> Float[Tensor, "S F"]:
+    def norms(self) -> Float[Tensor, "S F"]:
+        """The norm of each latent's decoder row: one, where it is kept there."""
         if self.config.unit_norms:
             return self.b_enc.new_ones(self.b_enc.shape)
         return self.decoder.norms()
@@ -237,7 +238,7 @@ class Stack(nn.Module):
     def before_update(self) -> None:
         """Shorten gradients that are longer than `clip_norm`; where norms are unit, take out of the decoder's gradient
         what would only change a row's length (Bricken et al. 2023)."""
-        if self.config.unit_norms and isinstance(self.decoder, OwnDecoder):
+        if self.config.unit_norms:
             self.decoder.take_out_growth()
         if self.config.clip_norm is not None:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
@@ -251,7 +252,7 @@ class Stack(nn.Module):
     def after_update(self) -> None:
         """Bring decoder rows back to unit norm, where they are kept there, and the rule's parameters to where they may
         be."""
-        if self.config.unit_norms and isinstance(self.decoder, OwnDecoder):
+        if self.config.unit_norms:
             self.decoder.normalise()
         self.rule.after_update()
 
@@ -266,7 +267,7 @@ class Stack(nn.Module):
         out_scales: Float[Tensor, " d_out"] | None = None,
     ) -> Dictionary:
         """A member as a dictionary of unscaled activations, given the factors that training applied."""
-        norms = self._norms()[member].detach()
+        norms = self.norms()[member].detach()
         sae = Dictionary(
             self.d_in,
             self.d_sae,
@@ -302,19 +303,21 @@ class Stack(nn.Module):
                 expected=f"{sizes}, input norm none",
             )
         start = copy.deepcopy(sae).to(self.W_dec.device, torch.float32)
-        if self.config.unit_norms:
-            start.fold_decoder_norms()
         start.fold_scales(1 / in_scales, 1 / out_scales)
+        if (
+            self.config.unit_norms
+        ):  # rows have unit norm in scaled units: those of a crosscoder's points have scales of their own
+            start.fold_decoder_norms()
         self.encoder[member] = start.encoder
         for name in ("W_dec", "b_enc", "b_dec", *(["W_skip"] if self.W_skip is not None else [])):
             self.get_parameter(name)[member] = start.get_parameter(name)
-        self.rule.begin_with(member, start.activation, self._norms()[member])
+        self.rule.begin_with(member, start.activation, self.norms()[member])
 
     @torch.no_grad()
     def residual(self, x: Inputs, y: Targets) -> Float[Tensor, "S n d_out"]:
         """ŷ − y at the end of the run, for scaled rows that are selected from in fp32."""
         weights = y.new_ones(len(self), y.shape[1])
-        step = Step(1.0, weights, self._norms(), self.b_enc, lambda: self._column_sums(x))
+        step = Step(1.0, weights, self.norms(), self.b_enc, lambda: self._column_sums(x))
         kept = self.rule.keep(self.pre_activations(x, torch.float32), step)
         b_dec = self.b_dec if self.config.centered else None
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)

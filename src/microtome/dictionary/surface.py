@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from microtome.dictionary.codes import SparseCodes
+from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Origin
 from microtome.model import ActivationCache, HookedModel
 
@@ -53,6 +54,10 @@ class Read:
         """The activations at the points `names`, heads flattened, one behind the other, in float32."""
         return torch.cat([self.activations[name].flatten(2).float() for name in names], -1)
 
+    def widths(self, names: tuple[str, ...]) -> list[int]:
+        """How wide each of these points is, heads flattened."""
+        return [self.activations[name].flatten(2).shape[-1] for name in names]
+
     def x(self, dictionary: SparseDictionary) -> Float[Tensor, "batch pos d_in"]:
         """What it reads, where its weights are."""
         return self.at(dictionary.origin.inputs).to(device_of(dictionary))
@@ -66,6 +71,15 @@ def points(dictionaries: Iterable[SparseDictionary]) -> list[str]:
     """All hook points that they read or write, each once."""
     origins = [dictionary.origin for dictionary in dictionaries]
     return list(dict.fromkeys(name for origin in origins for name in (*origin.inputs, *origin.outputs)))
+
+
+def latents_by_input(dictionary: SparseDictionary) -> list[tuple[str, slice]]:
+    """Which latents read which input, of a dictionary whose latents read one input each (a cross-layer transcoder); of the
+    others, whose latents read all of them, nothing."""
+    if not isinstance(dictionary, CrossLayerTranscoder):
+        return []
+    width = dictionary.width
+    return [(name, slice(i * width, (i + 1) * width)) for i, name in enumerate(dictionary.origin.inputs)]
 
 
 def device_of(dictionary: SparseDictionary) -> torch.device:

@@ -6,6 +6,7 @@ disk, `saelens_write` writes.
 
 from microtome.dictionary.formats.load import (
     FORMATS,
+    load_any_dictionary,
     load_cross_layer_transcoder,
     load_dictionaries,
     load_dictionary,
@@ -21,6 +22,7 @@ __all__ = [
     "FORMATS",
     "Hints",
     "Reading",
+    "load_any_dictionary",
     "load_cross_layer_transcoder",
     "load_dictionaries",
     "load_dictionary",

@@ -24,7 +24,7 @@ from microtome.dictionary.formats.llamascopium import FORMAT as LLAMASCOPIUM
 from microtome.dictionary.formats.mntss import FORMAT as MNTSS
 from microtome.dictionary.formats.openai import FORMAT as OPENAI
 from microtome.dictionary.formats.own import FORMAT as OWN
-from microtome.dictionary.formats.reading import Format, Hints, Reading
+from microtome.dictionary.formats.reading import AnyDictionary, Format, Hints, Reading
 from microtome.dictionary.formats.releases import find_release
 from microtome.dictionary.formats.saelens import FORMAT as SAELENS
 from microtome.dictionary.formats.sparsify import FORMAT as SPARSIFY
@@ -96,10 +96,11 @@ def load_dictionary(
     Raises ArtifactError for a name that leads nowhere, a folder of no format or of several, and a dictionary that is damaged or
     of a kind that cannot be read; ConfigError for an unknown format, device or dtype.
     """
-    made = read_dictionary(name, format, _hints(hook_name, hook_name_out, model_name, norm_scaling_factor)).dictionary
+    hints = _hints(hook_name, hook_name_out, model_name, norm_scaling_factor)
+    made = _placed(read_dictionary(name, format, hints), device, dtype)
     if not isinstance(made, Dictionary):
         raise ArtifactError(f"{name} is a cross-layer transcoder", fix="Open it with load_cross_layer_transcoder")
-    return made.to(device=parse_device(device), dtype=parse_dtype(dtype))
+    return made
 
 
 def load_cross_layer_transcoder(
@@ -111,12 +112,28 @@ def load_cross_layer_transcoder(
     dtype: str = "fp32",
 ) -> CrossLayerTranscoder:
     """Open a cross-layer transcoder; names and errors are those of `load_dictionary`."""
-    made = read_dictionary(name, format, Hints(model_name=model_name)).dictionary
+    made = load_any_dictionary(name, format, model_name=model_name, device=device, dtype=dtype)
     if not isinstance(made, CrossLayerTranscoder):
         raise ArtifactError(
             f"{name} is no cross-layer transcoder", got=made.architecture, fix="Open it with load_dictionary"
         )
-    return made.to(device=parse_device(device), dtype=parse_dtype(dtype))
+    return made
+
+
+def load_any_dictionary(
+    name: str | Path,
+    format: str | None = None,  # noqa: A002
+    *,
+    model_name: str | None = None,
+    device: str = "cpu",
+    dtype: str = "fp32",
+) -> AnyDictionary:
+    """Open a dictionary of either class, for what works with both; names and errors are those of `load_dictionary`."""
+    return _placed(read_dictionary(name, format, Hints(model_name=model_name)), device, dtype)
+
+
+def _placed(reading: Reading, device: str, dtype: str) -> AnyDictionary:
+    return reading.dictionary.to(device=parse_device(device), dtype=parse_dtype(dtype))
 
 
 def load_dictionaries(path: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> list[Dictionary]:

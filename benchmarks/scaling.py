@@ -60,13 +60,10 @@ class Config:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.architectures) - set(ARCHITECTURES))
         require(not unknown, f"architectures are of {', '.join(ARCHITECTURES)}", got=unknown)
-        sizes = (
-            self.rounds,
-            *self.d_in,
-            *self.d_sae,
-            *(n for n in (self.k, self.batch_size, self.steps) if n is not None),
-        )
-        require(min(sizes) > 0, "rounds and sizes must be positive", got=sizes)
+        for name in ("d_in", "d_sae", "k", "batch_size", "steps", "rounds"):
+            said = getattr(self, name)
+            least = min(said, default=1) if isinstance(said, tuple) else said
+            require(least is None or least > 0, f"{name} must be positive", got=said)
 
     def filled(self, device: torch.device) -> "Config":
         """With the preset's sizes for those that are not said."""

@@ -5,6 +5,7 @@ kernels: whether it does is decided when they are defined.
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 
@@ -160,7 +161,7 @@ def compiled() -> dict[str, dict[str, int]]:
         source = ASTSource(fn=kernel, signature=signature, constexprs={"TILE": 16, "BLOCK": 128})
         for capability in (80, 90):
             program = compile_kernel(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
-            counts = {"stores": program.count("st.global"), "atomics": program.count("atom.") + program.count("red.")}
+            counts = {"stores": program.count("st.global"), "atomics": len(re.findall(r"\b(atom|red)\.", program))}
             found[f"{name} sm_{capability}"] = counts
     return found
 

@@ -47,6 +47,7 @@ def interpreted() -> dict[str, dict[str, float]]:
     return errors
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_compute_dense_products(name: str, interpreted: dict[str, dict[str, float]]) -> None:
@@ -54,6 +55,7 @@ def test_interpreted_kernels_compute_dense_products(name: str, interpreted: dict
     assert max(interpreted[name].values()) < 1e-6
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_training_step_by_interpreted_kernels(name: str, interpreted: dict[str, dict[str, float]]) -> None:
@@ -80,9 +82,7 @@ class Waits(TorchDispatchMode):
     """Counts the operations after which Python, on a GPU, waits for a number: values that are read, and sizes that depend on
     values."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -176,7 +176,7 @@ def test_a_gpu_takes_millions_of_entries_and_gives_the_same_bits_again() -> None
 )
 def test_a_whole_training_on_a_gpu_ends_where_the_cpu_s_does(config: TopKConfig, tmp_path: Path) -> None:
     rows = torch.randn(1024, 48, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 49).rsqrt()
-    made = []
+    made: list[dict[str, torch.Tensor]] = []
     for device in ("cpu", "cuda", "cuda"):
         settings = TrainConfig(n_tokens=1024, batch_size=128, device=device, select_dtype="fp32", warmup_steps=2)
         [sae] = train(config, ArraySource(rows), out=tmp_path / str(len(made)), config=settings)

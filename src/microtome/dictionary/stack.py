@@ -136,6 +136,9 @@ class Stack(nn.Module):
         weights = self._row_weights(y, spreads)
         step = Step(fraction, weights, self._norms(), self.b_enc, lambda: self._column_sums(x))
         kept = self.rule.keep(pre, step)
+        dead = dead if self.config.revival in ("aux", "ghost") else None
+        if dead is None:
+            del pre  # the gradients may have its memory
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
         f = self.rule.values(kept_pre, kept, step)
         squared, residual = self._errors(x, y, f, kept, weights)
@@ -145,7 +148,7 @@ class Stack(nn.Module):
         if frozen is not None:
             loss = loss + self._frozen_error(y, frozen, kept, weights) * unit
         aux = loss.new_zeros(len(self))
-        if dead is not None and self.config.revival in ("aux", "ghost"):
+        if dead is not None:
             aux = torch.stack([self._revival(s, x, -residual, weights, pre[s], dead[s]) for s in range(len(self))])
         (loss + aux).sum().backward()
         self.rule.observe(f.detach(), kept, step)

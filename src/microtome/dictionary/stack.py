@@ -137,8 +137,8 @@ class Stack(nn.Module):
         step = Step(fraction, weights, self._norms(), self.b_enc, lambda: self._column_sums(x))
         kept = self.rule.keep(pre, step)
         dead = dead if self.config.revival in ("aux", "ghost") else None
-        if dead is None:
-            del pre  # the gradients may have its memory
+        for_dead = pre if dead is not None else pre.new_empty(len(self), 0, 0)
+        del pre  # without dead latents the gradients may have its memory
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
         f = self.rule.values(kept_pre, kept, step)
         squared, residual = self._errors(x, y, f, kept, weights)
@@ -149,7 +149,7 @@ class Stack(nn.Module):
             loss = loss + self._frozen_error(y, frozen, kept, weights) * unit
         aux = loss.new_zeros(len(self))
         if dead is not None:
-            aux = torch.stack([self._revival(s, x, -residual, weights, pre[s], dead[s]) for s in range(len(self))])
+            aux = torch.stack([self._revival(s, x, -residual, weights, for_dead[s], dead[s]) for s in range(len(self))])
         (loss + aux).sum().backward()
         self.rule.observe(f.detach(), kept, step)
         counts = kept.firings(f.detach())

@@ -110,7 +110,7 @@ def test_how_often_a_step_waits_for_a_gpu(name: str, expected: int) -> None:
     stack = Stack([config], rule, 9, 9)
     stack.initialise(DataStatistics(torch.zeros(1, 9), torch.zeros(1, 9), 9.0), [0])
     x, spread = torch.randn(1, 32, 9, generator=torch.Generator().manual_seed(0)), torch.tensor([9.0])
-    with Waits() as waits:
+    with Waits() as waits:  # type: ignore[no-untyped-call]
         stack.step(x, x, variance=spread)
         stack.before_update()
         stack.after_update()

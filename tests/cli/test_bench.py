@@ -375,6 +375,7 @@ def test_without_the_repository(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_size_is_answered_with_the_right_ones(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"patch": ("rounds", "roundz"), "attribute": ("rounds", "roundz"), "synthetic": ("features", "featurs")}
+    names["scaling"] = ("rounds", "roundz")
     right, wrong = names.get(name, ("context", "contxt"))
     assert main(["bench", name, "--set", f"{wrong}=3"]) == 1
     assert right in capsys.readouterr().err

@@ -20,7 +20,7 @@ from microtome.cli.options import CommandOptions, lines
 from microtome.common.config import from_dict
 from microtome.common.errors import ConfigError, MissingDependencyError, unknown_name
 
-NAMES = ("harvest", "train", "model", "parity", "patch", "attribute", "synthetic")
+NAMES = ("harvest", "train", "model", "parity", "patch", "attribute", "synthetic", "scaling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Options(CommandOptions):
     """Measure speeds, memory and agreement against other tools, both in one run. Takes minutes on an idle machine."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """harvest, train, model, parity, patch, attribute or synthetic."""
+    """harvest, train, model, parity, patch, attribute, synthetic or scaling."""
     set: tuple[str, ...] = ()
     """Other sizes than the usual ones, as NAME=VALUE: rounds=3 tokens=4096. An unknown name lists them."""
 

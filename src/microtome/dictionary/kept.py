@@ -19,9 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
-from microtome.dictionary.products import Transpose, sampled_products, weighted_sums
+from microtome.dictionary.products import Transpose, sampled_products, starts_of, weighted_sums
 from microtome.dictionary.selection import is_positive
 
 Entries = Float[Tensor, "..."]
@@ -153,7 +152,7 @@ class SparseKept:
 
     def edges(self, values: Float[Tensor, " m"], k: int) -> Float[Tensor, "..."]:
         members, n, _ = self.shape
-        ends = self.starts[n::n].tolist()
+        ends = [len(values)] if members == 1 else self.starts[n::n].tolist()  # a GPU is waited for only where it must
         pieces = [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         edges = torch.stack([_edge(piece, k) for piece in pieces])
         return edges if members == 1 else edges[self.rows // n]
@@ -162,8 +161,7 @@ class SparseKept:
         members, n, d_sae = self.shape
         latents = self.latents % d_sae
         part = ((latents >= first) & (latents < stop)).nonzero().squeeze(1)
-        counts = torch.bincount(self.rows[part], minlength=members * n)
-        return SparseKept(self.latents[part], functional.pad(counts.cumsum(0), (1, 0)), self.shape), part
+        return SparseKept(self.latents[part], starts_of(self.rows[part], members * n), self.shape), part
 
 
 class DenseKept:
@@ -244,7 +242,7 @@ class _PreActivations(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, encoder = ctx.saved_tensors
         grad_encoder = ctx.kept.transpose.times(grad, rows).view_as(encoder)
-        sums = ctx.kept.latent_sums(grad)
+        sums = ctx.kept.transpose.sums(grad).view(encoder.shape[:2])
         return None, _to_b_dec(sums, encoder) if ctx.subtracted else None, grad_encoder, sums, None
 
 

@@ -27,9 +27,12 @@ from microtome.dictionary.kept import DenseKept, Entries, Kept, SparseKept
 from microtome.dictionary.selection import batch_top_k, is_positive, top_k
 
 C = TypeVar("C", bound=DictionaryConfig)
-# Sparse products are about this many times slower for each entry than dense ones in bf16.
-_DENSE_FROM = 1 / 24
+# Sparse products are about this many times slower for each entry than dense ones in bf16. On a GPU that is an estimate from
+# bandwidth and peak (H100: 3 TB/s, 700 TFLOP/s), not a measurement.
+_DENSE_FROM, _DENSE_FROM_ON_GPU = 1 / 24, 1 / 256
 _TINY = 512
+# A step on so many pre-activations takes so long that the GPU may be asked in between how many latents fire.
+_COUNTED_ON_GPU = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Rule(nn.Module, ABC, Generic[C]):
 
     def _kept(self, mask: Bool[Tensor, "S n F"], pre: Float[Tensor, "S n F"]) -> Kept:
         """The entries where `mask` is true, or all, if with so many dense products are quicker."""
+        if self.products == "auto" and pre.is_cuda and pre.numel() < _COUNTED_ON_GPU:
+            return DenseKept(pre)
         # A CPU counts trues many times quicker than it adds them.
         if self._sparsely(int(mask.count_nonzero()), pre):
             return SparseKept.of_mask(mask)
@@ -99,9 +104,10 @@ class Rule(nn.Module, ABC, Generic[C]):
 
     def _sparsely(self, n_kept: int, pre: Float[Tensor, "S n F"]) -> bool:
         """Whether sparse products are quicker for so many entries."""
-        if self.products != "auto" or pre.is_cuda:
+        if self.products != "auto":
             return self.products == "sparse"
-        return pre.shape[2] > _TINY and n_kept < _DENSE_FROM * pre.numel()
+        dense_from = _DENSE_FROM_ON_GPU if pre.is_cuda else _DENSE_FROM
+        return pre.shape[2] > _TINY and n_kept < dense_from * pre.numel()
 
 
 class TopKRule(Rule[TopKConfig]):

@@ -142,6 +142,9 @@ class Stack(nn.Module):
         weights = self._row_weights(y, spreads)
         step = Step(fraction, weights, self.norms(), self.b_enc, lambda: self._column_sums(x))
         kept = self.rule.keep(pre, step)
+        dead = dead if self.config.revival in ("aux", "ghost") else None
+        for_dead = pre if dead is not None else pre.new_empty(len(self), 0, 0)
+        del pre  # without dead latents the gradients may have its memory
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
         f = self.rule.values(kept_pre, kept, step)
         squared, residual = self._errors(x, y, f, kept, weights)
@@ -151,8 +154,8 @@ class Stack(nn.Module):
         if frozen is not None:
             loss = loss + self._frozen_error(y, frozen, kept, weights) * unit
         aux = loss.new_zeros(len(self))
-        if dead is not None and self.config.revival in ("aux", "ghost"):
-            aux = torch.stack([self._revival(s, x, -residual, weights, pre[s], dead[s]) for s in range(len(self))])
+        if dead is not None:
+            aux = torch.stack([self._revival(s, x, -residual, weights, for_dead[s], dead[s]) for s in range(len(self))])
         (loss + aux).sum().backward()
         self.rule.observe(f.detach(), kept, step)
         counts = kept.firings(f.detach())

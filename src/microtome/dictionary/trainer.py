@@ -286,7 +286,9 @@ class Trainer:
         return any(group.config.revival == "resample" for group in self.groups)
 
     def _scaled(self, batch: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
-        return batch.to(device=self.device, dtype=torch.float32) * self.scales
+        if self.device.type == "cuda" and not batch.is_cuda:
+            batch = batch.pin_memory()  # so that it is copied while the device works, and in its own dtype
+        return batch.to(self.device, non_blocking=True).float() * self.scales
 
     # ---- a step -------------------------------------------------------------------------------------------------------
 

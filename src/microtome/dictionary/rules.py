@@ -193,7 +193,7 @@ class ReLURule(Rule[PenaltyConfig]):
         return self._kept(is_positive(pre), pre)
 
     def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
-        return self.strength(step) * kept.member_sums(f * kept.latent(step.norms) * kept.row(step.weights))
+        return self.strength(step) * kept.member_sums(f, step.weights, step.norms)
 
     def strength(self, step: Step) -> Float[Tensor, " S"]:
         """λ of each member at this step."""
@@ -214,15 +214,15 @@ class PAnnealRule(ReLURule):
 
     def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
         powers = _power(f * kept.latent(step.norms), float(self.p))
-        return self.strength(step) * kept.member_sums(powers * kept.row(step.weights))
+        return self.strength(step) * kept.member_sums(powers, step.weights)
 
     @torch.no_grad()
     def observe(self, f: Entries, kept: Kept, step: Step) -> None:
         p = self._p_at(step.fraction)
         if p == float(self.p):
             return
-        sizes, rows = f * kept.latent(step.norms), kept.row(step.weights)
-        before, after = (kept.member_sums(_power(sizes, each) * rows) for each in (float(self.p), p))
+        sizes = f * kept.latent(step.norms)
+        before, after = (kept.member_sums(_power(sizes, each), step.weights) for each in (float(self.p), p))
         self.coefficient.mul_(torch.where(after > 0, before / after.clamp_min(1e-12), torch.ones_like(after)))
         self.p.fill_(p)
 

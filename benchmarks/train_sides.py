@@ -40,7 +40,8 @@ class Config(ModelAndText):
     dictionaries on one stream, beside one dictionary that is given its batches.
 
     `relu_coefficient` and `jumprelu_coefficient` are λ in λ Σ f ‖W_dec,i‖ and λ Σ 1[z > θ] beside a summed squared error, for
-    inputs of mean norm √d: the same number means the same on both sides, and rises over the first twentieth.
+    inputs of mean norm √d: the same number means the same on both sides, and rises over the first twentieth. Our side is
+    trained again with up to `more_coefficients` other λ, to compare FVU at the peer's L0 (`train_fvu.py`).
     `dead_after` is the number of tokens without a firing after which a latent gets the auxiliary loss, on all sides.
     """
 
@@ -61,13 +62,17 @@ class Config(ModelAndText):
     decay_fraction: float = 0.3
     relu_coefficient: float = 5.0
     jumprelu_coefficient: float = 1.0
+    more_coefficients: int = 4
     dead_after: int = 1_000_000
     seed: int = 0
 
     def __post_init__(self) -> None:
         unknown = set(self.chosen) - set(ARCHITECTURES)
         require(bool(self.chosen) and not unknown, f"architectures are of {ARCHITECTURES}", got=self.architectures)
-        require(self.seeds > 0 and self.many >= 0, "seeds must be positive, many not negative")
+        require(0 < self.seeds <= 10, "seeds must be 1 to 10", got=self.seeds)
+        require(self.many >= 0 and self.more_coefficients >= 0, "many and more_coefficients must not be negative")
+        positive = self.relu_coefficient > 0 and self.jumprelu_coefficient > 0
+        require(positive, "coefficients must be positive", got=f"{self.relu_coefficient}, {self.jumprelu_coefficient}")
         require(self.rows >= self.batch_size > 0, "rows must hold a batch", got=self.rows)
         require(self.held_out > 1, "held_out must be at least two rows", got=self.held_out)
         require(self.warmup_steps != 1, "warmup_steps must be 0 or at least 2", got=self.warmup_steps)
@@ -99,6 +104,17 @@ class Task:
     architecture: str
     seed: int
 
+    @property
+    def coefficient(self) -> float:
+        """λ; zero for an architecture without."""
+        coefficients = {"relu": self.config.relu_coefficient, "jumprelu": self.config.jumprelu_coefficient}
+        return coefficients.get(self.architecture, 0.0)
+
+    def with_coefficient(self, coefficient: float) -> "Task":
+        """The same with another λ."""
+        changed: dict[str, Any] = {f"{self.architecture}_coefficient": coefficient}
+        return replace(self, config=replace(self.config, **changed))
+
     def batches(self, rows: Rows) -> Iterator[Rows]:
         """The batches that Microtome's trainer takes, as fp32."""
         config = self.config
@@ -116,8 +132,8 @@ class Task:
         made: dict[str, Callable[[], DictionaryConfig]] = {
             "topk": lambda: TopKConfig(**sizes, k=config.k),
             "batchtopk": lambda: BatchTopKConfig(**sizes, k=config.k),
-            "relu": lambda: ReLUConfig(**sizes, coefficient=config.relu_coefficient),
-            "jumprelu": lambda: JumpReLUConfig(**sizes, coefficient=config.jumprelu_coefficient),
+            "relu": lambda: ReLUConfig(**sizes, coefficient=self.coefficient),
+            "jumprelu": lambda: JumpReLUConfig(**sizes, coefficient=self.coefficient),
         }
         return made[self.architecture]()
 

@@ -7,6 +7,7 @@ A side is made with a `Task` and the rows to train on; `step()` is one training 
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from torch.nn import functional
 from benchmarks.common import ModelAndText
 from microtome.activations import ActivationStream, ArraySource, StreamConfig
 from microtome.common.config import require
+from microtome.common.memory import freed_memory_kept
 from microtome.dictionary import Dictionary, TrainConfig
 from microtome.dictionary.activation import JumpReLU
 from microtome.dictionary.config import BatchTopKConfig, DictionaryConfig, JumpReLUConfig, ReLUConfig, TopKConfig
@@ -167,8 +169,9 @@ class Microtome:
             seed=task.seed,
             device=config.device,
         )
-        self.folder = tempfile.TemporaryDirectory(prefix="microtome-bench-")
-        out = Path(self.folder.name) / "dictionary"
+        self.held = ExitStack()
+        out = Path(self.held.enter_context(tempfile.TemporaryDirectory(prefix="microtome-bench-"))) / "dictionary"
+        self.held.enter_context(freed_memory_kept())  # as in Trainer.run
         dictionaries = [replace(task.dictionary(), seed=task.seed + i) for i in range(many)]
         self.task = task
         self.trainer = Trainer(dictionaries, task.source(rows), out, settings, single=many == 1)

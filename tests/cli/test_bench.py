@@ -148,7 +148,7 @@ def test_what_a_side_says_of_held_out_rows_is_what_its_dictionary_does(architect
     config = Config(rows=256, d_sae=64, k=4, batch_size=64, steps=4, steps_per_turn=2, device="cpu")
     rows = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
     side = Microtome(Task(config, architecture, 3), rows)
-    with side.folder:
+    with side.held:
         side.step()
     reconstruction, fired = side.reconstruct(rows[:64])
     sae = side.trainer.groups[0].export(0, side.trainer.scales, {"model_name": "bench"})

@@ -32,7 +32,7 @@ class JumpReLURule(ReLURule):
 
     def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
         edge = (self.threshold - self.config.bandwidth / 2).detach()[:, None]
-        return self._kept(pre > edge.to(pre.dtype), pre)
+        return self._kept(pre - edge.to(pre.dtype), pre)
 
     def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         f: Tensor = JumpReLU.apply(pre, kept.latent(self.threshold), self.config.bandwidth)  # type: ignore[no-untyped-call]

@@ -24,6 +24,7 @@ from microtome.text import TokenDataset, TokenizeConfig, open_corpus, tokenize_c
 
 # Student's t at 97.5 %, by degrees of freedom: intervals of so few seeds are wide.
 _T = (float("nan"), 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MOST_SEEDS = len(_T)
 _PACKAGES = ("microtome", "torch", "transformers", "sae-lens", "transformer-lens")
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.common import machine, summary
+from benchmarks.common import MOST_SEEDS, machine, summary
 from microtome.activations.array import ArraySource
 from microtome.common.config import require, to_dict
 from microtome.common.device import generator, parse_device
@@ -64,7 +64,7 @@ class Config:
                 raise unknown_name("architecture", name, ARCHITECTURES)
         require(self.features % GROUP == 0, f"features must be a multiple of {GROUP}", got=self.features)
         require(0 < self.l0 <= self.d_sae, "l0 must be between 1 and d_sae", got=self.l0)
-        require(0 < self.seeds < len(_T), f"seeds must be between 1 and {len(_T) - 1}", got=self.seeds)
+        require(0 < self.seeds <= MOST_SEEDS, f"seeds must be between 1 and {MOST_SEEDS}", got=self.seeds)
         require(self.rows >= self.batch_size and self.held_out > 0, "There must be rows to train and to measure on")
 
 

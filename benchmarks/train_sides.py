@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.common import ModelAndText
+from benchmarks.common import MOST_SEEDS, ModelAndText
 from microtome.activations import ActivationStream, ArraySource, StreamConfig
 from microtome.common.config import require
 from microtome.common.memory import freed_memory_kept
@@ -71,7 +71,7 @@ class Config(ModelAndText):
     def __post_init__(self) -> None:
         unknown = set(self.chosen) - set(ARCHITECTURES)
         require(bool(self.chosen) and not unknown, f"architectures are of {ARCHITECTURES}", got=self.architectures)
-        require(0 < self.seeds <= 10, "seeds must be 1 to 10", got=self.seeds)
+        require(0 < self.seeds <= MOST_SEEDS, f"seeds must be between 1 and {MOST_SEEDS}", got=self.seeds)
         require(self.many >= 0 and self.more_coefficients >= 0, "many and more_coefficients must not be negative")
         positive = self.relu_coefficient > 0 and self.jumprelu_coefficient > 0
         require(positive, "coefficients must be positive", got=f"{self.relu_coefficient}, {self.jumprelu_coefficient}")

@@ -16,7 +16,7 @@ from benchmarks import synthetic as synthetic_benchmark
 from benchmarks import train as train_benchmark
 from benchmarks import train_worker
 from benchmarks.agreement import TOP, Agreement, common_top
-from benchmarks.common import in_turn, installed, rate, ratio, resident_bytes
+from benchmarks.common import in_turn, installed, rate, ratio, resident_bytes, summary
 from benchmarks.harvest import bare_activations
 from benchmarks.model_sides import Inputs, works
 from benchmarks.train_fvu import Point, curve, fvu_at, is_sink, next_coefficient
@@ -535,8 +535,8 @@ def test_synthetic_scores_by_hand() -> None:
     assert found.fvu == pytest.approx((1.44 + 0.16 + 0.36 + 0.04) / float(variance))
 
 
-def test_synthetic_intervals_are_student_s() -> None:
-    found = synthetic_benchmark.summary([1.0, 2.0, 3.0])
+def test_intervals_over_seeds_are_student_s() -> None:
+    found = summary([1.0, 2.0, 3.0])
     assert found["mean"] == 2.0
     assert found["interval"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5])
-    assert synthetic_benchmark.summary([1.0])["interval"] is None
+    assert summary([1.0])["interval"] is None

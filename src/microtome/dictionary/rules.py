@@ -27,8 +27,9 @@ from microtome.dictionary.kept import DenseKept, Entries, Kept, SparseKept
 from microtome.dictionary.selection import batch_top_k, is_positive, top_k
 
 C = TypeVar("C", bound=DictionaryConfig)
-# Sparse products are about this many times slower for each entry than dense ones in bf16.
-_DENSE_FROM = 1 / 24
+# From this share of latents on, dense products in bf16 are quicker. A step of ReLU (d_sae 4,608, 2,048 rows, one thread) takes,
+# sparse and dense, 131 and 164 ms at a share of 0.04, 165 and 167 at 0.06, 227 and 164 at 0.08.
+_DENSE_FROM = 1 / 17
 _TINY = 512
 _COUNTED_ROWS = 16  # one row of so many says how many latents fire
 

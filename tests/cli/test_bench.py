@@ -232,8 +232,8 @@ def test_a_curve_stops_where_an_l0_cannot_be_reached() -> None:
         tried.append(coefficient)
         return Point(coefficient, min(80.0, 40 / coefficient), 0.5, 0.5)
 
-    points = curve(train(1.0), 500.0, train, 3)
-    assert len(points) == 4
+    points = curve(train(1.0), 500.0, train, 4)
+    assert [p.l0 for p in points] == [40.0, 80.0, 80.0]
     assert tried == sorted(tried, reverse=True)
     assert fvu_at(points, 500.0, "fvu") is None
     assert next_coefficient(points[:1], 40.0 / 1.08) == pytest.approx(1.08**2)

@@ -3,14 +3,15 @@
 import gc
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from microtome.common.progress import progress
 from microtome.model import HookedModel
 from microtome.text import TokenDataset, TokenizeConfig, open_corpus, tokenize_corpus
 
+# Student's t at 97.5 %, by degrees of freedom: intervals of so few seeds are wide.
+_T = (float("nan"), 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MOST_SEEDS = len(_T)
 _PACKAGES = ("microtome", "torch", "transformers", "sae-lens", "transformer-lens")
 
 
@@ -115,12 +119,20 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 def rate(amount: float, seconds: Sequence[float]) -> float:
     """`amount` per second at the median."""
-    return amount / median(seconds)
+    return amount / statistics.median(seconds)
 
 
 def ratio(ours: float | None, theirs: float | None) -> float | None:
     """ours / theirs; None where one was not measured."""
     return None if ours is None or theirs is None else ours / theirs
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """The mean over seeds, and the ends of Student's 95 % interval for it (none for a single value)."""
+    mean = statistics.mean(values)
+    half = _T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    ends = None if half is None else [mean - half, mean + half]
+    return {"mean": mean, "interval": ends, "seeds": list(values)}
 
 
 def resident_bytes(key: str) -> int:

@@ -6,8 +6,6 @@ four kinds of data, each with the same mean number of active features; every arc
 `scores` says how the directions and the firing that were learnt agree with the true ones.
 """
 
-import math
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.common import machine
+from benchmarks.common import MOST_SEEDS, machine, summary
 from microtome.activations.array import ArraySource
 from microtome.common.config import require, to_dict
 from microtome.common.device import generator, parse_device
@@ -33,8 +31,6 @@ DATA = ("independent", "correlated", "hierarchical", "zipf")
 GROUP = 4  # features that are correlated, or a parent and its children
 CORRELATION = 0.8
 CHILD = 0.3  # how often a child fires where its parent does
-# Student's t at 97.5 %, by degrees of freedom: intervals of so few seeds are wide.
-_T = (float("nan"), 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +64,7 @@ class Config:
                 raise unknown_name("architecture", name, ARCHITECTURES)
         require(self.features % GROUP == 0, f"features must be a multiple of {GROUP}", got=self.features)
         require(0 < self.l0 <= self.d_sae, "l0 must be between 1 and d_sae", got=self.l0)
-        require(0 < self.seeds < len(_T), f"seeds must be between 1 and {len(_T) - 1}", got=self.seeds)
+        require(0 < self.seeds <= MOST_SEEDS, f"seeds must be between 1 and {MOST_SEEDS}", got=self.seeds)
         require(self.rows >= self.batch_size and self.held_out > 0, "There must be rows to train and to measure on")
 
 
@@ -193,14 +189,6 @@ def _train(configs: Sequence[DictionaryConfig], source: ArraySource, training: T
     }
     found = [made[number] for number in range(len(configs))]
     return [each for each in found if isinstance(each, Dictionary)]
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """The mean, and the ends of Student's 95 % interval for it (none for a single value)."""
-    mean = statistics.mean(values)
-    half = _T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    ends = None if half is None else [mean - half, mean + half]
-    return {"mean": mean, "interval": ends, "seeds": list(values)}
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -7,6 +7,7 @@ A side is made with a `Task` and the rows to train on; `step()` is one training 
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.common import ModelAndText
+from benchmarks.common import MOST_SEEDS, ModelAndText
 from microtome.activations import ActivationStream, ArraySource, StreamConfig
 from microtome.common.config import require
+from microtome.common.memory import freed_memory_kept
 from microtome.dictionary import Dictionary, TrainConfig
 from microtome.dictionary.activation import JumpReLU
 from microtome.dictionary.config import BatchTopKConfig, DictionaryConfig, JumpReLUConfig, ReLUConfig, TopKConfig
@@ -40,7 +42,8 @@ class Config(ModelAndText):
     dictionaries on one stream, beside one dictionary that is given its batches.
 
     `relu_coefficient` and `jumprelu_coefficient` are λ in λ Σ f ‖W_dec,i‖ and λ Σ 1[z > θ] beside a summed squared error, for
-    inputs of mean norm √d: the same number means the same on both sides, and rises over the first twentieth.
+    inputs of mean norm √d: the same number means the same on both sides, and rises over the first twentieth. Our side is
+    trained again with up to `more_coefficients` other λ, to compare FVU at the peer's L0 (`train_fvu.py`).
     `dead_after` is the number of tokens without a firing after which a latent gets the auxiliary loss, on all sides.
     """
 
@@ -61,13 +64,17 @@ class Config(ModelAndText):
     decay_fraction: float = 0.3
     relu_coefficient: float = 5.0
     jumprelu_coefficient: float = 1.0
+    more_coefficients: int = 4
     dead_after: int = 1_000_000
     seed: int = 0
 
     def __post_init__(self) -> None:
         unknown = set(self.chosen) - set(ARCHITECTURES)
         require(bool(self.chosen) and not unknown, f"architectures are of {ARCHITECTURES}", got=self.architectures)
-        require(self.seeds > 0 and self.many >= 0, "seeds must be positive, many not negative")
+        require(0 < self.seeds <= MOST_SEEDS, f"seeds must be between 1 and {MOST_SEEDS}", got=self.seeds)
+        require(self.many >= 0 and self.more_coefficients >= 0, "many and more_coefficients must not be negative")
+        positive = self.relu_coefficient > 0 and self.jumprelu_coefficient > 0
+        require(positive, "coefficients must be positive", got=f"{self.relu_coefficient}, {self.jumprelu_coefficient}")
         require(self.rows >= self.batch_size > 0, "rows must hold a batch", got=self.rows)
         require(self.held_out > 1, "held_out must be at least two rows", got=self.held_out)
         require(self.warmup_steps != 1, "warmup_steps must be 0 or at least 2", got=self.warmup_steps)
@@ -99,6 +106,17 @@ class Task:
     architecture: str
     seed: int
 
+    @property
+    def coefficient(self) -> float:
+        """λ; zero for an architecture without."""
+        coefficients = {"relu": self.config.relu_coefficient, "jumprelu": self.config.jumprelu_coefficient}
+        return coefficients.get(self.architecture, 0.0)
+
+    def with_coefficient(self, coefficient: float) -> "Task":
+        """The same with another λ."""
+        changed: dict[str, Any] = {f"{self.architecture}_coefficient": coefficient}
+        return replace(self, config=replace(self.config, **changed))
+
     def batches(self, rows: Rows) -> Iterator[Rows]:
         """The batches that Microtome's trainer takes, as fp32."""
         config = self.config
@@ -116,8 +134,8 @@ class Task:
         made: dict[str, Callable[[], DictionaryConfig]] = {
             "topk": lambda: TopKConfig(**sizes, k=config.k),
             "batchtopk": lambda: BatchTopKConfig(**sizes, k=config.k),
-            "relu": lambda: ReLUConfig(**sizes, coefficient=config.relu_coefficient),
-            "jumprelu": lambda: JumpReLUConfig(**sizes, coefficient=config.jumprelu_coefficient),
+            "relu": lambda: ReLUConfig(**sizes, coefficient=self.coefficient),
+            "jumprelu": lambda: JumpReLUConfig(**sizes, coefficient=self.coefficient),
         }
         return made[self.architecture]()
 
@@ -151,8 +169,9 @@ class Microtome:
             seed=task.seed,
             device=config.device,
         )
-        self.folder = tempfile.TemporaryDirectory(prefix="microtome-bench-")
-        out = Path(self.folder.name) / "dictionary"
+        self.held = ExitStack()
+        out = Path(self.held.enter_context(tempfile.TemporaryDirectory(prefix="microtome-bench-"))) / "dictionary"
+        self.held.enter_context(freed_memory_kept())  # as in Trainer.run
         dictionaries = [replace(task.dictionary(), seed=task.seed + i) for i in range(many)]
         self.task = task
         self.trainer = Trainer(dictionaries, task.source(rows), out, settings, single=many == 1)

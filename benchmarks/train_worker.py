@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.common import installed, resident_bytes, timed
+from benchmarks.train_fvu import is_sink
 from benchmarks.train_peers import DictionaryLearning, SAELens, Sparsify
 from benchmarks.train_sides import ARCHITECTURES, Microtome, Rows, Side, Task
 from microtome.common.device import parse_device
 from microtome.common.errors import MicrotomeError
 from microtome.dictionary.evaluate import Moments
 
-END = ("fvu", "l0", "dead", "start_bytes", "peak_bytes", "peak_gpu_bytes")
+END = ("fvu", "fvu_without_sinks", "sinks", "l0", "dead", "start_bytes", "peak_bytes", "peak_gpu_bytes")
 _BLOCK = 2048
 _PATIENCE_S = 10.0
 
@@ -125,10 +126,13 @@ def serve(pipe: Connection, name: str, task: Task, file: str) -> None:
 def _end(side: Side, held_out: Rows, device: torch.device, start: int) -> dict[str, Any]:
     peak = resident_bytes("VmHWM")
     peak_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    moments, fired = Moments(held_out.shape[1]), 0
-    for x in held_out.float().split(_BLOCK):
+    moments, without_sinks = Moments(held_out.shape[1]), Moments(held_out.shape[1])
+    sinks, fired = is_sink(held_out), 0
+    for x, is_out in zip(held_out.float().split(_BLOCK), sinks.split(_BLOCK), strict=True):
         reconstruction, n = side.reconstruct(x.to(device))
-        moments.add(x, reconstruction.float().cpu())
+        made = reconstruction.float().cpu()
+        moments.add(x, made)
+        without_sinks.add(x[~is_out], made[~is_out])
         fired += n
-    figures = (moments.fvu(), fired / len(held_out), side.n_dead(), start, peak, peak_gpu)
-    return dict(zip(END, figures, strict=True))
+    fvu, l0 = (moments.fvu(), without_sinks.fvu(), int(sinks.sum())), fired / len(held_out)
+    return dict(zip(END, (*fvu, l0, side.n_dead(), start, peak, peak_gpu), strict=True))

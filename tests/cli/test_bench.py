@@ -16,9 +16,10 @@ from benchmarks import synthetic as synthetic_benchmark
 from benchmarks import train as train_benchmark
 from benchmarks import train_worker
 from benchmarks.agreement import TOP, Agreement, common_top
-from benchmarks.common import in_turn, installed, rate, ratio, resident_bytes
+from benchmarks.common import in_turn, installed, rate, ratio, resident_bytes, summary
 from benchmarks.harvest import bare_activations
 from benchmarks.model_sides import Inputs, works
+from benchmarks.train_fvu import Point, curve, fvu_at, is_sink, next_coefficient
 from benchmarks.train_sides import Config, Microtome, Task
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
@@ -127,12 +128,17 @@ def test_train(tiny_inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFix
         assert figures["activations_per_second"][name] == pytest.approx(64 * speed[name])
         assert 0 < figures["start_bytes"][name][0] <= figures["peak_bytes"][name][0]
         assert 0 < figures["fvu"][name][0] < 1
+        assert figures["sinks"][name] == [0]
+        assert figures["fvu_without_sinks"][name] == pytest.approx(figures["fvu"][name])
         assert figures["l0"][name][0] == pytest.approx(4, abs=0.1)
     assert load_file(tmp_path / "rows")["held_out"].shape == (64, 32)
     ratios = result["ratios"]
     for architecture in ("topk", "batchtopk"):
         expected = quotient(speed, f"{architecture}/microtome", f"{architecture}/saelens_fp32")
         assert ratios[f"{architecture}_vs_saelens"] == expected
+        if installed("sae_lens"):
+            fvu = [figures["fvu"][f"{architecture}/{side}"][0] for side in ("microtome", "saelens_fp32")]
+            assert ratios[f"{architecture}_fvu_vs_saelens"] == pytest.approx(fvu[0] / fvu[1])
     assert ratios["relu_vs_saelens"] is ratios["jumprelu_vs_saelens"] is None
     assert ratios["cost_of_one_of_many_vs_alone"] == speed[ours[2]] / (2 * speed[ours[3]])
 
@@ -142,7 +148,7 @@ def test_what_a_side_says_of_held_out_rows_is_what_its_dictionary_does(architect
     config = Config(rows=256, d_sae=64, k=4, batch_size=64, steps=4, steps_per_turn=2, device="cpu")
     rows = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
     side = Microtome(Task(config, architecture, 3), rows)
-    with side.folder:
+    with side.held:
         side.step()
     reconstruction, fired = side.reconstruct(rows[:64])
     sae = side.trainer.groups[0].export(0, side.trainer.scales, {"model_name": "bench"})
@@ -156,19 +162,94 @@ def test_what_a_side_says_of_held_out_rows_is_what_its_dictionary_does(architect
     assert side.n_dead() == 0
 
 
-def test_ratios_of_train_are_to_the_fastest_setting() -> None:
+def test_ratios_of_train_are_to_the_fastest_setting(tmp_path: Path) -> None:
+    """Two seeds; of SAELens the second setting is the fastest, and its L0 with the second seed is out of reach."""
+    config = Config(architectures="topk", seeds=2, seed=5)
     speed = {"topk/microtome": 6.0, "topk/saelens_fp32": 1.0, "topk/saelens_autocast": 2.0, "topk/sparsify_fp32": 3.0}
+    ratios = train_benchmark._speed_ratios(config, speed)
+    assert ratios == {
+        "topk_vs_saelens": 3.0,
+        "batchtopk_vs_saelens": None,
+        "relu_vs_saelens": None,
+        "jumprelu_vs_saelens": None,
+        "topk_vs_sparsify": 2.0,
+    }
     fvu = {"topk/microtome": (0.1, 0.3), "topk/saelens_fp32": (9.0, 9.0), "topk/saelens_autocast": (0.2, 0.2)}
-    ends = {name: [{"fvu": value} for value in fvu.get(name, (0.4, 0.4))] for name in speed}
-    ratios = train_benchmark._ratios(Config(architectures="topk"), speed, ends)
-    assert ratios["topk_vs_saelens"] == 3.0
-    assert ratios["topk_vs_sparsify"] == 2.0
-    assert ratios["topk_fvu_vs_saelens"] == pytest.approx(1.0)
-    assert ratios["topk_fvu_vs_sparsify"] == pytest.approx(0.5)
-    assert ratios["relu_vs_saelens"] is None
+    ends = {
+        name: [{"fvu": value, "fvu_without_sinks": value / 2, "l0": 4.0} for value in fvu.get(name, (0.4, 0.4))]
+        for name in speed
+    }
+    ends["topk/saelens_autocast"][1]["l0"] = 3.9
+    found = train_benchmark._compare_fvu(config, train_benchmark._fastest(config, speed), ends, tmp_path)
+    assert found.by_seed["fvu"] == {
+        ("topk", "saelens"): [0.5, None],
+        ("topk", "sparsify"): [pytest.approx(0.25), pytest.approx(0.75)],
+    }
+    assert found.ratios() == {
+        "topk_fvu_vs_saelens": None,
+        "topk_fvu_without_sinks_vs_saelens": None,
+        "topk_fvu_vs_sparsify": pytest.approx(0.5),
+        "topk_fvu_without_sinks_vs_sparsify": pytest.approx(0.5),
+    }
+    assert found.figures()["fvu_ratio"]["topk/saelens"]["seeds"] == [0.5]
+    assert found.notes == ["topk, seed 6: saelens ended at L0 3.9, ours at 4.0: FVU cannot be compared"]
 
 
-@pytest.mark.parametrize("wrong", [{"architectures": "topk,lasso"}, {"seeds": 0}, {"many": -1}, {"rows": 5}])
+def test_sinks_are_rows_of_outsized_squared_norm() -> None:
+    x = torch.eye(4).repeat(5, 1)
+    x[3] *= 3.1  # squared 9.61
+    x[7] *= 3.2  # squared 10.24
+    assert is_sink(x).nonzero().flatten().tolist() == [7]
+
+
+def test_fvu_lies_on_a_line_in_logarithms_between_two_l0() -> None:
+    points = [Point(1.0, 100.0, 0.1, 0.2), Point(2.0, 25.0, 0.4, 0.3), Point(9.0, 2.0, 0.9, 0.9)]
+    assert fvu_at(points, 50.0, "fvu") == pytest.approx(0.2)
+    assert fvu_at(points, 50.0, "fvu_without_sinks") == pytest.approx(0.06**0.5)
+    assert fvu_at(points, 25.0, "fvu") == pytest.approx(0.4)
+    assert fvu_at(points, 100.5, "fvu") == 0.1  # as good as the same L0
+    assert fvu_at(points, 120.0, "fvu") is None
+    assert fvu_at(points, 1.0, "fvu") is None
+
+
+@pytest.mark.parametrize("wanted", [7.0, 150.0, 900.0])
+@pytest.mark.parametrize("steepness", [0.4, 1.0, 3.0])
+def test_a_curve_brackets_the_l0_that_is_wanted(wanted: float, steepness: float) -> None:
+    def train(coefficient: float) -> Point:
+        l0 = 200 * coefficient**-steepness
+        return Point(coefficient, l0, 1 / l0, 2 / l0)
+
+    points = curve(train(1.0), wanted, train, 4)
+    assert len(points) <= 5
+    assert fvu_at(points, wanted, "fvu") == pytest.approx(1 / wanted, rel=1e-6)
+    assert min(max(p.l0 / wanted, wanted / p.l0) for p in points) < 1.1
+
+
+def test_a_curve_stops_where_an_l0_cannot_be_reached() -> None:
+    tried: list[float] = []
+
+    def train(coefficient: float) -> Point:
+        tried.append(coefficient)
+        return Point(coefficient, min(80.0, 40 / coefficient), 0.5, 0.5)
+
+    points = curve(train(1.0), 500.0, train, 4)
+    assert [p.l0 for p in points] == [40.0, 80.0, 80.0]
+    assert tried == sorted(tried, reverse=True)
+    assert fvu_at(points, 500.0, "fvu") is None
+    assert next_coefficient(points[:1], 40.0 / 1.08) == pytest.approx(1.08**2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"architectures": "topk,lasso"},
+        {"seeds": 0},
+        {"many": -1},
+        {"rows": 5},
+        {"relu_coefficient": 0.0},
+        {"more_coefficients": -1},
+    ],
+)
 def test_train_refuses_settings_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Config(**wrong)
@@ -455,8 +536,8 @@ def test_synthetic_scores_by_hand() -> None:
     assert found.fvu == pytest.approx((1.44 + 0.16 + 0.36 + 0.04) / float(variance))
 
 
-def test_synthetic_intervals_are_student_s() -> None:
-    found = synthetic_benchmark.summary([1.0, 2.0, 3.0])
+def test_intervals_over_seeds_are_student_s() -> None:
+    found = summary([1.0, 2.0, 3.0])
     assert found["mean"] == 2.0
     assert found["interval"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5])
-    assert synthetic_benchmark.summary([1.0])["interval"] is None
+    assert summary([1.0])["interval"] is None

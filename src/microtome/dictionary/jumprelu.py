@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from microtome.dictionary import activation as used
 from microtome.dictionary.config import JumpReLUConfig
-from microtome.dictionary.kept import Entries, Kept, fires
+from microtome.dictionary.kept import Entries, Kept, fires, where_positive
 from microtome.dictionary.rules import ReLURule, Step
 
 
@@ -32,7 +32,7 @@ class JumpReLURule(ReLURule):
 
     def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
         edge = (self.threshold - self.config.bandwidth / 2).detach()[:, None]
-        return self._kept(pre > edge.to(pre.dtype), pre)
+        return self._kept(pre - edge.to(pre.dtype), pre)
 
     def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         f: Tensor = JumpReLU.apply(pre, kept.latent(self.threshold), self.config.bandwidth)  # type: ignore[no-untyped-call]
@@ -42,10 +42,10 @@ class JumpReLURule(ReLURule):
         config, strength = self.config, self.strength(step)
         if config.sparsity == "tanh":
             sizes = config.tanh_scale * f * kept.latent(step.norms)
-            tanh = strength * kept.member_sums(sizes.tanh() * kept.row(step.weights))
+            tanh = strength * kept.member_sums(sizes.tanh(), step.weights)
             return tanh + self._revival(pre, kept, step) if config.revive_coefficient else tanh
         above: Tensor = Heaviside.apply(pre, kept.latent(self.threshold), config.bandwidth)  # type: ignore[no-untyped-call]
-        counts = kept.member_sums(above * kept.row(step.weights))
+        counts = kept.member_sums(above, step.weights)
         if config.sparsity == "step":
             return strength * counts
         assert config.target_l0 is not None
@@ -56,7 +56,7 @@ class JumpReLURule(ReLURule):
         """λ_P Σ ReLU(θ − pre) ‖W_dec,i‖ over all entries: the sum of θ − pre, less what it is at those above θ."""
         excess = (pre - kept.latent(self.threshold)).relu()
         all_entries = kept.shape[1] * self.threshold - step.column_sums()
-        above = kept.member_sums(excess * kept.latent(step.norms))
+        above = kept.member_sums(excess, latents=step.norms)
         return self.config.revive_coefficient * ((all_entries * step.norms).sum(1) + above)
 
     @torch.no_grad()
@@ -81,16 +81,16 @@ class JumpReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        above = fires(z - threshold)
-        ctx.save_for_backward(z, threshold, above)
+        excess = z - threshold
+        ctx.save_for_backward(excess, threshold)
         ctx.bandwidth = bandwidth
-        return z * above
+        return where_positive(z, excess)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, threshold, above = ctx.saved_tensors
-        by_threshold = (grad * _near(z, threshold, ctx.bandwidth)).sum_to_size(threshold.shape)
-        return grad * above, by_threshold * (-threshold / ctx.bandwidth), None
+        excess, threshold = ctx.saved_tensors
+        by_threshold = _where_near(grad, excess, ctx.bandwidth).sum_to_size(threshold.shape)
+        return where_positive(grad, excess), by_threshold * (-threshold / ctx.bandwidth), None
 
 
 class Heaviside(torch.autograd.Function):
@@ -98,17 +98,19 @@ class Heaviside(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(z, threshold)
-        ctx.bandwidth = bandwidth
-        return fires(z - threshold)
+        excess = z - threshold
+        ctx.save_for_backward(excess)
+        ctx.bandwidth, ctx.shape = bandwidth, threshold.shape
+        return fires(excess)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, threshold = ctx.saved_tensors
-        by_threshold = (grad * _near(z, threshold, ctx.bandwidth)).sum_to_size(threshold.shape)
+        (excess,) = ctx.saved_tensors
+        by_threshold = _where_near(grad, excess, ctx.bandwidth).sum_to_size(ctx.shape)
         return None, by_threshold * (-1.0 / ctx.bandwidth), None
 
 
-def _near(z: Entries, threshold: Entries, bandwidth: float) -> Entries:
-    """K((z − θ)/ε)."""
-    return fires(bandwidth / 2 - (z - threshold).abs())
+def _where_near(numbers: Entries, excess: Entries, bandwidth: float) -> Entries:
+    """The numbers times K((z − θ)/ε), in one pass: it is the backward of a clamp."""
+    chosen: Tensor = torch.ops.aten.hardtanh_backward(numbers, excess, -bandwidth / 2, bandwidth / 2)
+    return chosen

@@ -50,8 +50,10 @@ class Kept(Protocol):
     def row(self, numbers: Float[Tensor, "S n"]) -> Entries:
         """Each entry's number of its row."""
 
-    def member_sums(self, values: Entries) -> Float[Tensor, " S"]:
-        """The sum over each member's entries."""
+    def member_sums(
+        self, values: Entries, rows: Float[Tensor, "S n"] | None = None, latents: Float[Tensor, "S F"] | None = None
+    ) -> Float[Tensor, " S"]:
+        """The sum over each member's entries, each times its row's and its latent's number (where there are any)."""
 
     def latent_sums(self, values: Entries) -> Float[Tensor, "S F"]:
         """The sum over each latent's entries."""
@@ -132,8 +134,15 @@ class SparseKept:
     def row(self, numbers: Float[Tensor, "S n"]) -> Float[Tensor, " m"]:
         return numbers.reshape(-1).index_select(0, self.rows)
 
-    def member_sums(self, values: Float[Tensor, " m"]) -> Float[Tensor, " S"]:
+    def member_sums(
+        self,
+        values: Float[Tensor, " m"],
+        rows: Float[Tensor, "S n"] | None = None,
+        latents: Float[Tensor, "S F"] | None = None,
+    ) -> Float[Tensor, " S"]:
         members, n, _ = self.shape
+        values = values if rows is None else values * self.row(rows)
+        values = values if latents is None else values * self.latent(latents)
         if members == 1:
             return values.sum().view(1)
         return values.new_zeros(members).index_add(0, self.rows // n, values)
@@ -192,8 +201,16 @@ class DenseKept:
     def row(self, numbers: Float[Tensor, "S n"]) -> Float[Tensor, "S n 1"]:
         return numbers[:, :, None].to(self.pre.dtype)
 
-    def member_sums(self, values: Float[Tensor, "S n F"]) -> Float[Tensor, " S"]:
-        return self._masked(values).sum(2).float().sum(1)
+    def member_sums(
+        self,
+        values: Float[Tensor, "S n F"],
+        rows: Float[Tensor, "S n"] | None = None,
+        latents: Float[Tensor, "S F"] | None = None,
+    ) -> Float[Tensor, " S"]:
+        # A product with the rows' numbers reads all entries once; its gradient is written once.
+        counts = values.new_ones(self.shape[0], 1, self.shape[1]) if rows is None else self.row(rows).mT
+        sums = (counts @ self._masked(values)).squeeze(1).float()
+        return (sums if latents is None else sums * latents).sum(1)
 
     def latent_sums(self, values: Float[Tensor, "S n F"]) -> Float[Tensor, "S F"]:
         return self._masked(values).sum(1).float()
@@ -222,8 +239,13 @@ class DenseKept:
 
 def fires(values: Entries) -> Entries:
     """1 where a value is positive, else 0."""
-    ones: Tensor = values.detach().relu().sign()
-    return ones
+    return where_positive(values.new_ones(()).expand_as(values), values.detach())
+
+
+def where_positive(numbers: Entries, values: Entries) -> Entries:
+    """The numbers where `values` are positive, else 0 (without gradient): the backward of a ReLU, in one pass."""
+    chosen: Tensor = torch.ops.aten.threshold_backward(numbers, values, 0)
+    return chosen
 
 
 class _PreActivations(torch.autograd.Function):

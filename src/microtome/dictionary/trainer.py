@@ -38,6 +38,7 @@ from microtome.common.artifacts import (
 from microtome.common.config import JsonObject, require, to_dict
 from microtome.common.device import fast_dtype, parse_device, parse_dtype
 from microtome.common.errors import ConfigError, InputError
+from microtome.common.memory import freed_memory_kept
 from microtome.common.progress import progress
 from microtome.dictionary.config import DictionaryConfig, describe
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
@@ -243,7 +244,7 @@ class Trainer:
         loggers = Loggers(self.config.log_to, self.draft.folder)
         names = ", ".join(dict.fromkeys(each.architecture for each in self.configs))
         try:
-            with progress(self.config.n_steps, f"train {names}", "steps") as bar:
+            with freed_memory_kept(), progress(self.config.n_steps, f"train {names}", "steps") as bar:
                 bar.advance(self.step)
                 while self.step < self.config.n_steps:
                     rows = self.train_step(next(batches))

@@ -13,11 +13,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 KINDS = ("fvu", "fvu_without_sinks")
-_SINK = 10.0
 _SAME = 1.01  # L0 this near stand for each other
 _NEAR = 1.25  # a bracket this narrow is narrow enough
 _BEYOND = 1.08  # how far beyond the wanted L0 a training aims, to bracket it
@@ -32,13 +29,6 @@ class Point:
     l0: float
     fvu: float
     fvu_without_sinks: float
-
-
-def is_sink(x: Float[Tensor, "row d"]) -> Bool[Tensor, " row"]:
-    """Rows whose squared norm is above ten times the median."""
-    squares = x.float().square().sum(1)
-    sinks: Tensor = squares > _SINK * squares.median()
-    return sinks
 
 
 def fvu_at(points: Sequence[Point], l0: float, kind: str) -> float | None:

@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.common import installed, resident_bytes, timed
-from benchmarks.train_fvu import is_sink
 from benchmarks.train_peers import DictionaryLearning, SAELens, Sparsify
 from benchmarks.train_sides import ARCHITECTURES, Microtome, Rows, Side, Task
 from microtome.common.device import parse_device
 from microtome.common.errors import MicrotomeError
-from microtome.dictionary.evaluate import Moments
+from microtome.dictionary.moments import Moments, is_sink
 
 END = ("fvu", "fvu_without_sinks", "sinks", "l0", "dead", "start_bytes", "peak_bytes", "peak_gpu_bytes")
 _BLOCK = 2048

@@ -19,7 +19,7 @@ from benchmarks.agreement import TOP, Agreement, common_top
 from benchmarks.common import in_turn, installed, rate, ratio, resident_bytes, summary
 from benchmarks.harvest import bare_activations
 from benchmarks.model_sides import Inputs, works
-from benchmarks.train_fvu import Point, curve, fvu_at, is_sink, next_coefficient
+from benchmarks.train_fvu import Point, curve, fvu_at, next_coefficient
 from benchmarks.train_sides import Config, Microtome, Task
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
@@ -193,13 +193,6 @@ def test_ratios_of_train_are_to_the_fastest_setting(tmp_path: Path) -> None:
     }
     assert found.figures()["fvu_ratio"]["topk/saelens"]["seeds"] == [0.5]
     assert found.notes == ["topk, seed 6: saelens ended at L0 3.9, ours at 4.0: FVU cannot be compared"]
-
-
-def test_sinks_are_rows_of_outsized_squared_norm() -> None:
-    x = torch.eye(4).repeat(5, 1)
-    x[3] *= 3.1  # squared 9.61
-    x[7] *= 3.2  # squared 10.24
-    assert is_sink(x).nonzero().flatten().tolist() == [7]
 
 
 def test_fvu_lies_on_a_line_in_logarithms_between_two_l0() -> None:

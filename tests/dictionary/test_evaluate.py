@@ -10,6 +10,7 @@ from torch.nn import functional
 from microtome.common.errors import ConfigError, ModelError
 from microtome.dictionary import Dictionary, EvaluateConfig, evaluate
 from microtome.dictionary.evaluate import Moments, density_histogram
+from microtome.dictionary.moments import is_sink
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
 
@@ -51,6 +52,31 @@ def test_reconstruction_figures(tiny_llama: HookedModel, tiny_dataset: TokenData
     assert found.n_dead == int((fired == 0).sum()) >= 50
     assert found.dead_fraction == found.n_dead / 200
     assert sum(found.density_counts) == 200 - found.n_dead
+
+
+def test_sinks_are_rows_of_outsized_squared_norm() -> None:
+    x = torch.eye(4).repeat(5, 1)
+    x[3] *= 3.1  # squared 9.61
+    x[7] *= 3.2  # squared 10.24
+    assert is_sink(x).nonzero().flatten().tolist() == [7]
+
+
+def test_attention_sinks_can_be_left_out(tiny_llama: HookedModel, tiny_dataset: TokenDataset, tmp_path: Path) -> None:
+    """One word of a very long embedding stands for them."""
+    sae, tokens = make(tmp_path / "sae"), torch.from_numpy(tiny_dataset.batch(0, tiny_dataset.n_sequences))
+    embedding, word = tiny_llama.hf.get_input_embeddings().weight, int(tokens[0, 5])
+    embedding.data[word] *= 100
+    try:
+        found = evaluate(tiny_llama, sae, tiny_dataset, EVERYTHING)
+        rows = tiny_llama.run_with_cache(tokens)[1][HOOK][~torch.isin(tokens, torch.tensor([0, 1]))]
+    finally:
+        embedding.data[word] /= 100
+    usual = rows.square().sum(1) < 10 * rows.square().sum(1).median()
+    assert found.n_sinks == int((~usual).sum()) == int((tokens == word).sum())
+    rows = rows[usual].double()
+    error = (rows - sae(rows.float()).double()).square().sum()
+    assert found.fvu_without_sinks == pytest.approx(float(error / (rows - rows.mean(0)).square().sum()), rel=1e-5)
+    assert abs(found.fvu_without_sinks - found.fvu) > 0.05
 
 
 def test_function_figures(tiny_llama: HookedModel, tiny_dataset: TokenDataset, tmp_path: Path) -> None:

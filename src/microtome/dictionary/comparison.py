@@ -18,8 +18,8 @@ from microtome.model import HookedModel
 from microtome.text import TokenDataset
 
 COLUMNS = (
-    *("name", "architecture", "outputs", "d_sae", "l0", "fvu", "ce_recovered", "ce_recovered_mean", "delta_ce"),
-    *("dead_fraction", "n_dense", "on_front"),
+    *("name", "architecture", "outputs", "d_sae", "l0", "fvu", "fvu_without_sinks"),
+    *("ce_recovered", "ce_recovered_mean", "delta_ce", "dead_fraction", "n_dense", "on_front"),
 )
 
 

@@ -52,8 +52,10 @@ class Evaluation:
 
     `fvu` = Σ‖y − ŷ‖² / Σ‖y − ȳ‖² over all text tokens (y = x for an autoencoder); `explained_variance` is 1 − fvu, so
     about the mean, not about zero. `points` has each output point alone; `layers` has, of a cross-layer transcoder, the
-    latents of each layer, whose `l0` add up to that of all. `fvu_all_positions` counts special tokens too and is there for
-    comparison with tools that do: their outsized norm flatters it.
+    latents of each layer, whose `l0` add up to that of all. `fvu_without_sinks` leaves out `n_sinks` tokens whose squared
+    norm is above ten times the median of their batch: a few attention sinks can carry most of the variance.
+    `fvu_all_positions` counts special tokens too and is there for comparison with tools that do: their outsized norm
+    flatters it.
 
     `ce_recovered` = (ce_zero − ce_spliced) / (ce_zero − ce_clean), `kl_recovered` = (kl_zero − kl_spliced) / kl_zero; the
     fields that end in `_mean` are against the mean of y over the data set. `delta_ce` = ce_spliced − ce_clean.
@@ -71,6 +73,8 @@ class Evaluation:
     fvu_without_outliers: float
     outlier_dimensions: tuple[int, ...]
     outlier_variance: float
+    fvu_without_sinks: float
+    n_sinks: int
     fvu_all_positions: float
     points: tuple[PointFit, ...]
     layers: tuple[LayerLatents, ...]

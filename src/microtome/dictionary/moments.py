@@ -9,6 +9,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _MOST_UNITS = 1024
+_SINK = 10.0
+
+
+def is_sink(y: Float[Tensor, "row d"]) -> Bool[Tensor, " row"]:
+    """Attention sinks: the rows whose squared norm is above ten times the median of these rows."""
+    squares = y.float().square().sum(1)
+    sinks: Tensor = squares > _SINK * squares.median()
+    return sinks
 
 
 class Moments:

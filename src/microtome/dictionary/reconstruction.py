@@ -15,7 +15,7 @@ from torch.nn import functional
 from microtome.common.errors import InputError
 from microtome.dictionary.codes import SparseCodes
 from microtome.dictionary.intervals import interval
-from microtome.dictionary.moments import Moments, UnitSums
+from microtome.dictionary.moments import Moments, UnitSums, is_sink
 from microtome.dictionary.surface import Read, SparseDictionary, latents_by_input
 
 _OUTLIER_DIMENSIONS = 2
@@ -61,7 +61,7 @@ class Reconstruction:
 
     def __init__(self, dictionary: SparseDictionary, n_units: int) -> None:
         self.dictionary = dictionary
-        self.text, self.everywhere = Moments(dictionary.d_out), Moments(dictionary.d_out)
+        self.text, self.everywhere, self.without_sinks = (Moments(dictionary.d_out) for _ in range(3))
         self.units = UnitSums(n_units, dictionary.d_out)
         self.fired = torch.zeros(dictionary.d_sae, dtype=torch.int64)
         self.parts: list[_Part] = []
@@ -82,6 +82,8 @@ class Reconstruction:
         self, y: Float[Tensor, "row d_out"], decoded: Float[Tensor, "row d_out"], codes: SparseCodes, unit: Tensor
     ) -> None:
         self.text.add(y, decoded)
+        usual = ~is_sink(y)
+        self.without_sinks.add(y[usual], decoded[usual])
         self.fired += torch.bincount(codes.indices[codes.values > 0], minlength=self.dictionary.d_sae).cpu()
         self.units.add_vectors(y, unit)
         per_row = {"n": torch.ones(len(y)), "l0": codes.l0, **_closeness(y, decoded, "")}
@@ -105,6 +107,8 @@ class Reconstruction:
             "fvu": fvu,
             "explained_variance": 1 - fvu,
             **self._outliers(),
+            "fvu_without_sinks": self.without_sinks.fvu(),
+            "n_sinks": n - self.without_sinks.n,
             "fvu_all_positions": self.everywhere.fvu(),
             "points": tuple(self._point(part) for part in self.parts),
             "layers": self._layers(),

@@ -36,6 +36,12 @@ const KNOWN: Known[] = [
     headline: true,
   },
   {
+    key: "fvu_without_sinks",
+    name: "FVU, sinks out",
+    meaning: "the same without the few tokens (attention sinks) whose activations are many times as long as the others’",
+    show: plain,
+  },
+  {
     key: "ce_recovered",
     name: "CE recovered",
     meaning: "of the loss that zeros would cost, the share that the rebuilt activations save",

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-
 KINDS = ("fvu", "fvu_without_sinks")
 _SAME = 1.01  # L0 this near stand for each other
 _NEAR = 1.25  # a bracket this narrow is narrow enough

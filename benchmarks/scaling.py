@@ -30,6 +30,7 @@ from microtome.activations import ArraySource
 from microtome.common.config import require, to_dict
 from microtome.common.device import generator, parse_device
 from microtome.common.errors import MicrotomeError
+from microtome.common.memory import freed_memory_kept
 from microtome.dictionary import TrainConfig
 from microtome.dictionary.config import ARCHITECTURES, DictionaryConfig, TopKConfig, parse_config
 from microtome.dictionary.trainer import STATISTICS_BATCHES, Trainer
@@ -185,7 +186,8 @@ def measured(config: Config, size: Size) -> dict[str, Any] | str:
     if least > free:
         return f"it needs about {least / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
     try:
-        return _measured(config, size, device)
+        with freed_memory_kept():  # as in a training
+            return _measured(config, size, device)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             return f"memory ran out ({str(error).partition('.')[0]})"

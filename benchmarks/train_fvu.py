@@ -45,8 +45,10 @@ def fvu_at(points: Sequence[Point], l0: float, kind: str) -> float | None:
 
 def curve(first: Point, l0: float, train: Callable[[float], Point], most: int) -> list[Point]:
     """`first` and up to `most` further trainings, each with a λ whose L0 should be near the one wanted. It ends early where λ
-    no longer moves L0."""
+    no longer moves L0, and does not begin where there is no such L0."""
     points = [first]
+    if not l0 > 0:  # all dead, or diverged
+        return points
     while len(points) <= most and not _settled(points, l0):
         points.append(train(next_coefficient(points, l0)))
         if 1 / _SAME <= _positive(points[-1].l0) / _positive(points[-2].l0) <= _SAME:

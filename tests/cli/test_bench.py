@@ -195,6 +195,16 @@ def test_ratios_of_train_are_to_the_fastest_setting(tmp_path: Path) -> None:
     assert found.notes == ["topk, seed 6: saelens ended at L0 3.9, ours at 4.0: FVU cannot be compared"]
 
 
+@pytest.mark.parametrize("l0", [0.0, float("nan")])
+def test_a_peer_that_has_died_or_diverged_is_not_reached(l0: float) -> None:
+    def train(_coefficient: float) -> Point:
+        raise AssertionError("nothing is trained")
+
+    first = Point(1.0, 40.0, 0.3, 0.4)
+    assert curve(first, l0, train, most=4) == [first]
+    assert fvu_at([first], l0, "fvu") is None
+
+
 def test_fvu_lies_on_a_line_in_logarithms_between_two_l0() -> None:
     points = [Point(1.0, 100.0, 0.1, 0.2), Point(2.0, 25.0, 0.4, 0.3), Point(9.0, 2.0, 0.9, 0.9)]
     assert fvu_at(points, 50.0, "fvu") == pytest.approx(0.2)

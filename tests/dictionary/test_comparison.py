@@ -12,6 +12,7 @@ from microtome.dictionary import (
     BatchTopKConfig,
     EvaluateConfig,
     MatryoshkaConfig,
+    ReLUConfig,
     TopKConfig,
     TrainConfig,
     compare,
@@ -52,15 +53,29 @@ def test_a_comparison_has_what_each_has_alone(
     assert [row.on_ce_front for row in folders.rows] == [None, None]
 
 
-def test_a_dictionary_is_called_what_it_was_trained_as(tmp_path: Path) -> None:
+def test_a_dictionary_is_called_what_it_was_trained_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
     sizes: dict[str, Any] = {"d_sae": 16, "k": 2}
     configs = [MatryoshkaConfig(**sizes), BatchTopKConfig(**sizes), TopKConfig(**sizes)]
     made = train(configs, ArraySource(rows), out=tmp_path / "sae", config=TrainConfig(n_tokens=256, batch_size=128))
     assert [each.architecture for each in made] == ["jumprelu", "jumprelu", "topk"]
     assert [trained_as(each) for each in made] == ["matryoshka", "batchtopk", "topk"]
-    (tmp_path / "sae/0/config.json").unlink()
+    monkeypatch.chdir(tmp_path / "sae/0")  # whose config is not that of a dictionary which lies nowhere
+    assert trained_as(perfect_dictionary(ORIGINS["autoencoder"], 32)) != "matryoshka"
+    Path("config.json").write_text('{"config": null}')
     assert trained_as(made[0]) == "jumprelu"
+    Path("config.json").unlink()
+    assert trained_as(made[0]) == "jumprelu"
+
+
+def test_a_transcoder_is_called_so_beside_what_it_was_trained_as(tmp_path: Path) -> None:
+    source = ArraySource(
+        torch.randn(256, 12, generator=torch.Generator().manual_seed(0)), hook_names=("a", "b"), widths=(8, 4)
+    )
+    places: dict[str, Any] = {"inputs": ("a",), "outputs": ("b",), "d_sae": 16}
+    configs = [BatchTopKConfig(**places, k=2), BatchTopKConfig(**places, k=2, skip=True), ReLUConfig(**places)]
+    made = train(configs, source, out=tmp_path / "sae", config=TrainConfig(n_tokens=256, batch_size=128))
+    assert [trained_as(each) for each in made] == ["batchtopk_transcoder", "batchtopk_skip_transcoder", "transcoder"]
 
 
 def test_the_front_is_of_those_that_no_other_beats() -> None:

@@ -64,13 +64,13 @@ def test_sinks_are_rows_of_outsized_squared_norm() -> None:
 def test_attention_sinks_can_be_left_out(tiny_llama: HookedModel, tiny_dataset: TokenDataset, tmp_path: Path) -> None:
     """One word of a very long embedding stands for them."""
     sae, tokens = make(tmp_path / "sae"), torch.from_numpy(tiny_dataset.batch(0, tiny_dataset.n_sequences))
-    embedding, word = tiny_llama.hf.get_input_embeddings().weight, int(tokens[0, 5])
-    embedding.data[word] *= 100
+    embedding, word = tiny_llama.hf.get_parameter("model.embed_tokens.weight").data, int(tokens[0, 5])
+    embedding[word] *= 100
     try:
         found = evaluate(tiny_llama, sae, tiny_dataset, EVERYTHING)
         rows = tiny_llama.run_with_cache(tokens)[1][HOOK][~torch.isin(tokens, torch.tensor([0, 1]))]
     finally:
-        embedding.data[word] /= 100
+        embedding[word] /= 100
     usual = rows.square().sum(1) < 10 * rows.square().sum(1).median()
     assert found.n_sinks == int((~usual).sum()) == int((tokens == word).sum())
     rows = rows[usual].double()

@@ -50,8 +50,8 @@ def path_patching(  # noqa: PLR0913 – one keyword a choice
     the path. Positions restrict what is replaced, each prompt's own if given as `[prompts]`.
 
     Raises InputError for a sender that no receiver can read, for logits together with other receivers (whose own effect on
-    the logits would be overwritten), positions through which nothing can pass, prompts of unequal length, and what the model
-    does not have.
+    the logits would be overwritten), positions that senders and receivers do not have in common, prompts of unequal length,
+    and what the model does not have.
     """
     work = _Work(
         pair(model, clean, corrupt),

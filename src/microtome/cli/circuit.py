@@ -102,6 +102,8 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def _check(options: Options) -> None:
+    from microtome.circuits.attribution_config import AttributeConfig
+
     if options.figure is not None and options.figure.suffix not in (".svg", ".dot"):
         raise ConfigError("A circuit is drawn as SVG or as Graphviz text", got=options.figure, expected=".svg or .dot")
     if options.out is not None and options.out.exists() and not options.overwrite:
@@ -118,15 +120,15 @@ def _check(options: Options) -> None:
             fix="Leave that out, or leave out --circuit",
         )
     method = options.method or _SEARCH["method"]
-    for name, methods in (
-        ("tau", ("acdc",)),
-        ("steps", ("acdc", "eap-ig", "integrated-gradients", "eap-ig-activations")),
-    ):
-        if name in said and method not in methods:
+    scored = AttributeConfig(
+        level="edge", method="eap-ig" if method == "acdc" else method
+    )  # raises for one that is not there
+    for name, used, by in (("tau", method == "acdc", "acdc"), ("steps", scored.path is not None, "eap-ig")):
+        if name in said and not used:
             raise ConfigError(
                 f"--{name} is not used by the method {method}",
                 got=f"--{name} {getattr(options, name)}",
-                fix=f"Leave it out, or say --method {methods[0] if name == 'tau' else 'eap-ig'}",
+                fix=f"Leave it out, or say --method {by}",
             )
 
 

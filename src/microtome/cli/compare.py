@@ -12,6 +12,7 @@ from microtome.common.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from microtome.dictionary import Comparison
+    from microtome.dictionary.comparison import Compared
     from microtome.views import Scatter
 
 _NAMED = 8  # more names than this cover each other
@@ -71,7 +72,7 @@ def trade_off(found: "Comparison", figure: str) -> "Scatter":
     from microtome.views import Scatter
 
     rows = [row for row in found.rows if getattr(row.evaluation, figure) is not None]
-    several = len({row.outputs for row in rows}) > 1
+    outputs, widths = len({row.outputs for row in rows}) > 1, len({row.d_sae for row in rows}) > 1
     front = [row.name for row in rows if (row.on_front if figure == "fvu" else row.on_ce_front)]
     return Scatter(
         [row.evaluation.l0 for row in rows],
@@ -79,12 +80,18 @@ def trade_off(found: "Comparison", figure: str) -> "Scatter":
         labels=[row.name for row in rows],
         named=range(len(rows)) if len(rows) <= _NAMED else (),
         joined=True,
-        groups=[f"{row.architecture}, {' '.join(row.outputs)}" if several else row.architecture for row in rows],
+        groups=[_group(row, outputs=outputs, widths=widths) for row in rows],
         x_label="L0 (latents per token)",
         y_label={"fvu": "FVU", "ce_recovered": "CE recovered, against zeros"}[figure],
         title=f"Sparsity and {'FVU' if figure == 'fvu' else 'CE recovered'}",
         caption=f"On the Pareto front: {', '.join(front)}.",
     )
+
+
+def _group(row: "Compared", *, outputs: bool, widths: bool) -> str:
+    """What is drawn as one line: an architecture, of one width and at one place where there are several."""
+    at = row.outputs[0] if len(row.outputs) == 1 else f"{row.outputs[0]} … {row.outputs[-1]}"
+    return ", ".join([row.architecture, *([f"{row.d_sae:,} latents"] if widths else []), *([at] if outputs else [])])
 
 
 def _draw(found: "Comparison", folder: Path) -> list[str]:

@@ -26,8 +26,9 @@ class Options(TextOptions):
     """Tokens of these for CE and KL (four full forward passes each, and three for each point of several)."""
     whole_only: bool = False
     """Of a dictionary that writes several points: no CE and KL with each of these alone replaced."""
-    metrics: tuple[str, ...] = ("core", "geometry")
-    """core, geometry, probing, absorption, scr, tpp, ravel. Only core needs a corpus."""
+    metrics: tuple[str, ...] = ()
+    """core, geometry, probing, absorption, scr, tpp, ravel (not said: core and geometry; of a cross-layer transcoder core
+    alone). Only core needs a corpus."""
     probe_data: Path | None = None
     """JSONL with text and label on each line, for probing, SCR and TPP (else the built-in tasks)."""
     entity_data: Path | None = None
@@ -41,7 +42,7 @@ def run(options: Options) -> dict[str, Any]:
     """Evaluate, write the figures, and return them."""
     from microtome.common.artifacts import write_json
     from microtome.common.config import to_dict
-    from microtome.dictionary import EvaluateConfig, evaluate, load_any_dictionary
+    from microtome.dictionary import Dictionary, EvaluateConfig, evaluate, load_any_dictionary
     from microtome.dictionary.measures import Measures, check_names, finite
 
     check_names(options.metrics)
@@ -49,19 +50,22 @@ def run(options: Options) -> dict[str, Any]:
         n_tokens=options.n_tokens, function_tokens=options.function_tokens, whole_only=options.whole_only
     )
     sae = load_any_dictionary(options.dictionary)
+    # The decoder rows of a cross-layer transcoder of many layers fill the memory, if each is written out for all of them.
+    metrics = options.metrics or (("core", "geometry") if isinstance(sae, Dictionary) else ("core",))
     model = options.load_model()
     sae = sae.to(model.device)
     figures: dict[str, Any] = {}
     about: dict[str, Any] = {"model_dtype": str(model.dtype)}
-    if "core" in options.metrics:
-        dataset = options.load_tokens(model, place(options.dictionary))
-        evaluation = evaluate(model, sae, dataset, config)
-        figures = finite({**to_dict(evaluation), "notes": list(evaluation.notes)})
-        about = {"dataset": dataset.config["corpus"], "part": options.part, **about}
-    figures |= Measures(model, sae, options.probe_data, options.entity_data).run(options.metrics)
     here = place(options.dictionary)
     out = options.out or (here / METRICS if here.is_dir() else here.with_name(f"{here.name}-{METRICS}"))
     out.parent.mkdir(parents=True, exist_ok=True)
+    if "core" in metrics:
+        dataset = options.load_tokens(model, here)
+        evaluation = evaluate(model, sae, dataset, config)
+        figures = finite({**to_dict(evaluation), "notes": list(evaluation.notes)})
+        about = {"dataset": dataset.config["corpus"], "part": options.part, **about}
+        write_json(out, {**figures, **about})  # it stays, whatever becomes of the others
+    figures |= Measures(model, sae, options.probe_data, options.entity_data).run(metrics)
     write_json(out, {**figures, **about})
     return {"out": str(out), **figures}
 
@@ -95,15 +99,17 @@ def _points(found: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     rows = ["", "each output alone"]
     for point in found:
-        near = f"FVU {point['fvu']:.4g}, cosine {_short(point['cosine'])}, norm ratio {_short(point['norm_ratio'])}"
-        rows.append(f"  {point['name']}: {near}, {point['variance']:.1%} of the variance")
+        near = f"FVU {_short(point['fvu'], '.4g')}, cosine {_short(point['cosine'])}, norm ratio {_short(point['norm_ratio'])}"
+        rows.append(f"  {point['name']}: {near}, {_short(point['variance'], '.1%')} of the variance")
         if loss := point["loss"]:
             recovered = ", ".join(
                 f"{what} recovered {_short(loss[f'{key}_recovered'])} against zeros, "
                 f"{_short(loss[f'{key}_recovered_mean'])} against the mean"
                 for what, key in (("CE", "ce"), ("KL", "kl"))
             )
-            rows.append(f"    replaced: CE {loss['delta_ce']:+.4g} nats, KL {loss['kl_spliced']:.4g}; {recovered}")
+            rows.append(
+                f"    replaced: CE {_short(loss['delta_ce'], '+.4g')} nats, KL {_short(loss['kl_spliced'], '.4g')}; {recovered}"
+            )
     return rows
 
 
@@ -116,8 +122,8 @@ def _layers(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["", "latents by what they read", *rows] if rows else []
 
 
-def _short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _short(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _estimate(figure: Mapping[str, Any] | None) -> str:

@@ -102,6 +102,13 @@ def _first_that_fits(options: tuple[Any, ...], value: Any, where: str) -> Any:
     raise last or ConfigError(f"{where} has the wrong type", got=repr(value))
 
 
+def check_choices(config: object) -> None:
+    """Raise ConfigError where a field of a dataclass that takes one of several values has another: for `__post_init__`."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if get_origin(hint) is typing.Literal:
+            _build(hint, getattr(config, name), f"{type(config).__name__}.{name}")
+
+
 def difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
     """What differs between two saved configs, one line each: `key: 1 here, 2 there`."""
     rows: list[str] = []

@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # malloc.h: what mallopt sets.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _NEVER = 2**31 - 1
-# Where glibc's own rule for the first ends in a process that uses large blocks, and its default for the second.
-_USUAL_TRIM_THRESHOLD, _USUAL_MMAP_MAX = 64 << 20, 65_536
+# Where glibc's own rules for the thresholds end in a process that uses large blocks (the first call of mallopt ends the rules
+# for good), and its default for the third.
+_USUAL_TRIM_THRESHOLD, _USUAL_MMAP_THRESHOLD, _USUAL_MMAP_MAX = 64 << 20, 32 << 20, 65_536
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """As long as it lasts, this process keeps the memory that it frees, and takes it again. At the end what is free goes back
-    to the system. Does nothing where the C library is not glibc."""
+    to the system, and blocks below 32 MiB are taken as in any process that has used large ones. It does not nest: the first
+    that ends, ends it for all. Does nothing where the C library is not glibc."""
     libc = _glibc()
     if libc is None:
         yield
@@ -30,6 +32,7 @@ def freed_memory_kept() -> Iterator[None]:
         yield
     finally:
         libc.mallopt(_TRIM_THRESHOLD, _USUAL_TRIM_THRESHOLD)
+        libc.mallopt(_MMAP_THRESHOLD, _USUAL_MMAP_THRESHOLD)
         libc.mallopt(_MMAP_MAX, _USUAL_MMAP_MAX)
         libc.malloc_trim(0)
 

@@ -81,6 +81,7 @@ def compare(
     named = list(names) if names is not None else _names(dictionaries)
     if len(set(named)) != len(dictionaries) or len(named) != len(dictionaries):
         raise InputError("Each dictionary needs a name of its own", got=", ".join(named))
+    architectures = [trained_as(dictionary) for dictionary in dictionaries]
     found = evaluate_all(model, dictionaries, dataset, config)
     outputs = [dictionary.origin.outputs for dictionary in dictionaries]
     by_fvu = _fronts(outputs, [one.l0 for one in found], [one.fvu for one in found])
@@ -89,25 +90,35 @@ def compare(
     rows = tuple(
         Compared(
             name=name,
-            architecture=trained_as(dictionary),
+            architecture=architecture,
             outputs=dictionary.origin.outputs,
             d_sae=dictionary.d_sae,
             evaluation=evaluation,
             on_front=bool(front),
             on_ce_front=ce_front,
         )
-        for name, dictionary, evaluation, front, ce_front in zip(named, dictionaries, found, by_fvu, by_ce, strict=True)
+        for name, architecture, dictionary, evaluation, front, ce_front in zip(
+            named, architectures, dictionaries, found, by_fvu, by_ce, strict=True
+        )
     )
     return Comparison(rows=rows, similarities=_similarities(named, dictionaries) if similarities else {})
 
 
 def trained_as(dictionary: SparseDictionary) -> str:
-    """The architecture that its folder says it was trained with, else what it is in use: a BatchTopK or Matryoshka
-    dictionary is then one with thresholds, "jumprelu"."""
-    file = getattr(dictionary, "path", Path()) / CONFIG
-    trained = read_json(file).get("config", {}).get("architecture") if file.is_file() else None
-    in_use = getattr(dictionary, "architecture", type(dictionary).__name__)
-    return str(trained.get("architecture", in_use) if isinstance(trained, dict) else in_use)
+    """The architecture that its folder says it was trained with, and what kind of transcoder it is; else what it is in use,
+    where a BatchTopK or Matryoshka dictionary is one with thresholds, "jumprelu"."""
+    in_use = str(getattr(dictionary, "architecture", type(dictionary).__name__))
+    folder = getattr(dictionary, "path", Path())
+    if folder == Path() or not (folder / CONFIG).is_file():  # Path(): it was not read from a folder
+        return in_use
+    config = read_json(folder / CONFIG).get("config")
+    trained = config.get("architecture") if isinstance(config, dict) else None
+    name = trained.get("architecture") if isinstance(trained, dict) else None
+    activation = getattr(getattr(dictionary, "activation", None), "name", None)
+    if name is None or activation is None:  # a cross-layer transcoder has several
+        return in_use
+    kind = in_use.removeprefix(activation).removeprefix("standard").removeprefix("_")
+    return "_".join(part for part in ("" if name == "standard" and kind else name, kind) if part)
 
 
 def _names(dictionaries: Sequence[SparseDictionary]) -> list[str]:

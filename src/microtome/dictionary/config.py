@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from microtome.common.config import from_dict, require, to_dict
+from microtome.common.config import check_choices, from_dict, require, to_dict
 from microtome.common.errors import ConfigError, unknown_name
 
 
@@ -68,6 +68,7 @@ class DictionaryConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(self.d_sae > 0, "d_sae must be positive", got=self.d_sae)
         require(self.aux_k is None or 0 < self.aux_k <= self.d_sae, "aux_k must be between 1 and d_sae", got=self.aux_k)
         require(self.aux_coefficient >= 0, "aux_coefficient must not be negative", got=self.aux_coefficient)
@@ -91,9 +92,10 @@ class DictionaryConfig:
             got=f"norms {self.norms}",
         )
         require(
-            self.encoder_start == "transpose" or not self.tied,
-            "A tied dictionary has no encoder to begin otherwise",
+            self.encoder_start == "transpose" or not (self.tied or self.fine_tune),
+            "A dictionary that is tied or fine-tuned has no encoder to begin otherwise",
             got=f"encoder_start {self.encoder_start!r}",
+            fix="Leave out encoder_start",
         )
         require(
             not (self.skip and self.cross_layer),

@@ -143,13 +143,15 @@ class Group:
         tensors = {f"stack.{name}": value for name, value in self.stack.state_dict().items()}
         for name, p in self.stack.named_parameters():
             tensors |= {f"adam.{name}.{key}": value for key, value in self.optimiser.state[p].items()}
-        return {**tensors, "silent": self.silent, "variance": self.variance}
+        looked = torch.tensor([self._looked, int(self._any_dead)])
+        return {**tensors, "silent": self.silent, "variance": self.variance, "looked": looked}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         prefix = "stack."
         self.stack.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         self.silent, self.variance = (tensors[name].to(self.silent.device) for name in ("silent", "variance"))
+        self._looked, self._any_dead = int(tensors["looked"][0]), bool(tensors["looked"][1])
         for name, p in self.stack.named_parameters():
             keys = [key for key in tensors if key.startswith(f"adam.{name}.")]
             self.optimiser.state[p] = {key.rpartition(".")[2]: tensors[key].to(p.device) for key in keys}

@@ -92,10 +92,10 @@ def _kernels_run_on(device: torch.device) -> bool:
     """Whether Triton is there and can compile for the device, for which it needs a C compiler. A warning says why not."""
     if importlib.util.find_spec("triton") is None:
         return False
-    from microtome.dictionary import kernels
-
     one = torch.ones(1, 1, device=device)
     try:
+        from microtome.dictionary import kernels
+
         kernels.weighted_sums(one[0].long() - 1, torch.arange(2, device=device), one[0], one)
     except Exception as error:  # compilers fail in ways of their own
         warnings.warn(

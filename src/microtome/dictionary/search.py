@@ -21,6 +21,7 @@ import torch
 from microtome.activations.source import ActivationSource
 from microtome.common.config import require
 from microtome.common.errors import ConfigError, InputError
+from microtome.common.memory import freed_memory_kept
 from microtome.dictionary.config import DictionaryConfig, JumpReLUConfig, PenaltyConfig
 from microtome.dictionary.trainer import TrainConfig, Trainer
 
@@ -141,8 +142,9 @@ def try_coefficients(
     with tempfile.TemporaryDirectory(prefix="microtome-search-") as scratch:
         trainer = Trainer(configs, source, Path(scratch) / "trials", short, single=False)
         batches = trainer.begin()
-        for batch in itertools.islice(batches, short.n_steps):
-            trainer.train_step(batch)
+        with freed_memory_kept():
+            for batch in itertools.islice(batches, short.n_steps):
+                trainer.train_step(batch)
         rows = torch.cat([next(batches) for _ in range(_MEASURED_BATCHES)]).to(trainer.device, torch.float32)
     found = [0.0] * len(configs)
     for group in trainer.groups:

@@ -22,6 +22,12 @@ PYTHON
 microtome harvest --corpus runs/prose,demo --tokens runs/full/tokens --part 0:0.99 \
     --hooks blocks.15.hook_resid_pre --out runs/full/activations
 
+# Which architecture: five of them at several sparsities on one stream, then a table and the figures of the docs.
+microtome train --store runs/full/activations --configs recipes/demo_pareto.json --train-tokens 3000000 --lr 2e-3 \
+    --warmup-steps 200 --decay-fraction 0.5 --out runs/pareto
+microtome compare runs/pareto/* --corpus runs/prose_held_out,runs/demo_tail.jsonl --tokens runs/held_out_union \
+    --function-tokens 8192 --out runs/pareto_compared
+
 # 4. The dictionary, and what it is worth on the text it has not seen.
 microtome train --store runs/full/activations --d-sae 4608 --k 32 --train-tokens 36000000 --lr 2e-3 \
     --warmup-steps 500 --decay-fraction 0.5 --out runs/full/dictionary_long

@@ -14,7 +14,7 @@ import itertools
 import multiprocessing
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -186,8 +186,7 @@ def measured(config: Config, size: Size) -> dict[str, Any] | str:
     if least > free:
         return f"it needs about {least / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
     try:
-        with freed_memory_kept():  # as in a training
-            return _measured(config, size, device)
+        return _measured(config, size, device)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             return f"memory ran out ({str(error).partition('.')[0]})"
@@ -197,15 +196,17 @@ def measured(config: Config, size: Size) -> dict[str, Any] | str:
 def _measured(config: Config, size: Size, device: torch.device) -> dict[str, Any]:
     n, steps = config.batch_size or 0, config.steps or 0
     batches = list(_batches(n, size.d_in, config.seed, device))
-    with tempfile.TemporaryDirectory(prefix="microtome-bench-") as scratch:
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microtome-bench-")))
         # What importing and a first step load is not the dictionary's memory.
-        _trainer(config, replace(size, d_sae=max(1024, config.k or 0)), batches, Path(scratch) / "small").train_step(
-            batches[0]
-        )
+        small = _trainer(config, replace(size, d_sae=max(1024, config.k or 0)), batches, scratch / "small")
+        small.train_step(batches[0])
+        del small
         gc.collect()
         _forget_peak(device)
         held = _held(device)
-        trainer = _trainer(config, size, batches, Path(scratch) / "sized")
+        stack.enter_context(freed_memory_kept())  # as in a training
+        trainer = _trainer(config, size, batches, scratch / "sized")
         stream = itertools.cycle(batches)
         for _ in range(_WARM_UP):
             trainer.train_step(next(stream))

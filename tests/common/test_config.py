@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from microtome.common.config import difference, from_dict, require, to_dict
+from microtome.common.config import check_choices, difference, from_dict, require, to_dict
 from microtome.common.errors import ConfigError
 
 
@@ -99,3 +99,20 @@ def test_difference_names_each_value_with_its_path() -> None:
 
 def test_difference_sees_absent_keys() -> None:
     assert difference({"a": 1}, {"b": 2}) == ["a: 1 there, None asked for", "b: None there, 2 asked for"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A config that looks at its choices itself."""
+
+    kind: Literal["steel", "glass"] = "steel"
+    width: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+def test_a_config_made_in_python_takes_no_other_choice() -> None:
+    assert Checked(kind="glass").kind == "glass"
+    with pytest.raises(ConfigError, match=r"Checked.kind has a value .* 'wood'.*steel"):
+        Checked(kind="wood")  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from microtome.dictionary import activation as used
 from microtome.dictionary.config import JumpReLUConfig
 from microtome.dictionary.kept import Entries, Kept, fires, where_positive
 from microtome.dictionary.rules import ReLURule, Step
+from microtome.dictionary.selection import PreActivations
 
 
 class JumpReLURule(ReLURule):
@@ -30,9 +31,9 @@ class JumpReLURule(ReLURule):
         shape = (len(configs), configs[0].d_sae)
         self.threshold = nn.Parameter(torch.full(shape, configs[0].start_threshold))
 
-    def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
+    def keep(self, pre: PreActivations, step: Step) -> Kept:
         edge = (self.threshold - self.config.bandwidth / 2).detach()[:, None]
-        return self._kept(pre - edge.to(pre.dtype), pre)
+        return self._kept(pre.whole - edge.to(pre.whole.dtype), pre.whole)
 
     def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         f: Tensor = JumpReLU.apply(pre, kept.latent(self.threshold), self.config.bandwidth)  # type: ignore[no-untyped-call]

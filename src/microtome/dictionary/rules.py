@@ -67,7 +67,7 @@ class Rule(nn.Module, ABC, Generic[C]):
         return pre.relu()
 
     def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
-        """What is added to each member's summed squared error."""
+        """What is added to each member's summed squared error, given its codes (the frozen ones, where there are any)."""
         return f.new_zeros(kept.shape[0])
 
     def frozen_codes(self, pre: Entries, kept: Kept, step: Step) -> Entries | None:

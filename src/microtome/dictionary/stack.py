@@ -150,8 +150,8 @@ class Stack(nn.Module):
         f = self.rule.values(kept_pre, kept, step)
         squared, whole, residual = self._errors(x, y, f, kept, weights)
         unit = 1.0 / (y.shape[1] * spreads.mean())
-        loss = (squared + self.rule.penalty(kept_pre, f, kept, step)) * unit
         frozen = self.rule.frozen_codes(kept_pre, kept, step)
+        loss = (squared + self.rule.penalty(kept_pre, f if frozen is None else frozen, kept, step)) * unit
         if frozen is not None:
             loss = loss + self._frozen_error(y, frozen, kept, weights) * unit
         aux = loss.new_zeros(len(self))

@@ -33,8 +33,7 @@ class JumpReLURule(ReLURule):
         self.threshold = nn.Parameter(torch.full(shape, configs[0].start_threshold))
 
     def keep(self, pre: PreActivations, step: Step) -> Kept:
-        edge = (self.threshold - self.config.bandwidth / 2).detach()[:, None]
-        return self._kept(pre.whole - edge.to(pre.whole.dtype), pre.whole)
+        return self._kept(pre.whole, (self.threshold - self.config.bandwidth / 2).detach())
 
     def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         f: Tensor = JumpReLU.apply(pre, kept.latent(self.threshold), self.config.bandwidth)  # type: ignore[no-untyped-call]

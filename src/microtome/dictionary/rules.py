@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from microtome.dictionary.activation import Activation, JumpReLU, ReLU, TopK
@@ -95,14 +95,15 @@ class Rule(nn.Module, ABC, Generic[C]):
     def begin_with(self, member: int, activation: Activation, norms: Float[Tensor, " F"]) -> None:
         """Take over what a dictionary's activation holds, for a training that begins with it."""
 
-    def _kept(self, scores: Float[Tensor, "S n F"], pre: Float[Tensor, "S n F"]) -> Kept:
-        """The entries where `scores` are positive, or all, if with so many dense products are quicker."""
+    def _kept(self, pre: Float[Tensor, "S n F"], edges: Float[Tensor, "S F"] | None = None) -> Kept:
+        """The entries above their latents' edges (zero, if there are none), or all, if with so many dense products are
+        quicker."""
         if self.products == "auto" and pre.is_cuda and pre.numel() < _COUNTED_ON_GPU:
             return DenseKept(pre)
-        some = is_positive(scores[:, ::_COUNTED_ROWS])
+        some = _above(pre[:, ::_COUNTED_ROWS], edges)
         # A CPU counts trues many times quicker than it adds them.
-        if self._sparsely(int(some.count_nonzero()) * scores.numel() // some.numel(), pre):
-            return SparseKept.of_mask(is_positive(scores))
+        if self._sparsely(int(some.count_nonzero()) * pre.numel() // some.numel(), pre):
+            return SparseKept.of_mask(_above(pre, edges))
         return DenseKept(pre)
 
     def _sparsely(self, n_kept: int, pre: Float[Tensor, "S n F"]) -> bool:
@@ -205,7 +206,7 @@ class ReLURule(Rule[PenaltyConfig]):
         self.register_buffer("coefficient", torch.tensor([config.coefficient for config in configs]))
 
     def keep(self, pre: PreActivations, step: Step) -> Kept:
-        return self._kept(pre.whole, pre.whole)
+        return self._kept(pre.whole)
 
     def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
         return self.strength(step) * kept.member_sums(f, step.weights, step.norms)
@@ -246,6 +247,10 @@ class PAnnealRule(ReLURule):
         assert isinstance(config, PAnnealConfig)
         done = max(0.0, (fraction - config.p_start_at) / (1 - config.p_start_at))
         return float(torch.tensor(1 - (1 - config.p_end) * int(done * config.p_steps) / config.p_steps))
+
+
+def _above(pre: Float[Tensor, "S n F"], edges: Float[Tensor, "S F"] | None) -> Bool[Tensor, "S n F"]:
+    return is_positive(pre if edges is None else pre - edges[:, None].to(pre.dtype))
 
 
 def _power(sizes: Entries, p: float) -> Entries:

@@ -1,9 +1,11 @@
-"""dictionary_learning: `ae.pt`, a pickle that is read with `weights_only`, and `config.json` with `trainer` and `buffer`.
+"""dictionary_learning: `ae.pt` (in training `checkpoints/ae_1000.pt`), a pickle that is read with `weights_only`, and
+`config.json` with `trainer` and `buffer`.
 
 The class that made it (`trainer.dict_class`) says what the tensors mean. nn.Linear classes keep encoder.weight [F, d]
 and decoder.weight [d, F], the others W_enc [d, F] and W_dec [F, d]. Read from dictionary_learning 0.1.0.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,16 @@ CLASSES = {
 }
 
 
-def detect(folder: Path) -> bool:
-    """A folder with `ae.pt`."""
-    return (folder / WEIGHTS).is_file()
+def detect(path: Path) -> bool:
+    """A folder with `ae.pt`, or a file of a run's `checkpoints`."""
+    return (path / WEIGHTS).is_file() or (path.is_file() and re.fullmatch(r"ae_\d+\.pt", path.name) is not None)
 
 
-def read(folder: Path, hints: Hints) -> Reading:
+def read(path: Path, hints: Hints) -> Reading:
     """A dictionary of any of the library's classes; of a run that was interrupted, its state."""
-    values = read_pickle(folder / WEIGHTS)
+    weights = path if path.is_file() else path / WEIGHTS
+    values = read_pickle(weights)
+    folder = next((each for each in weights.parents[:2] if (each / CONFIG).is_file()), weights.parent)
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     factor, notes = 1.0, []
     if isinstance(values.get("ae"), dict):
@@ -48,8 +52,9 @@ def read(folder: Path, hints: Hints) -> Reading:
         if factor != 1.0:
             notes.append(f"trained on activations over {factor:.6g}: its biases and thresholds were multiplied by that")
     trainer = config.get("trainer") or {}
-    cls = _class(folder, trainer)
-    file = TensorFile(folder / WEIGHTS, only_tensors(values), f"{CONFIG} ({cls})")
+    tensors = only_tensors(values)
+    cls = _class(folder, trainer, tensors, notes)
+    file = TensorFile(weights, tensors, f"{CONFIG} ({cls})")
     W_enc, W_dec = _matrices(file)
     (d_in, d_sae), bias = W_enc.shape, CLASSES[cls][0]
     for key, size in (("activation_dim", d_in), ("dict_size", d_sae)):
@@ -63,7 +68,7 @@ def read(folder: Path, hints: Hints) -> Reading:
         notes.append("the config does not name the hook point: give hook_name")
     activation.scale_(W_enc.new_tensor(factor))
     made = build(
-        folder,
+        path,
         hints.applied(origin),
         activation,
         Weights(
@@ -80,8 +85,15 @@ def read(folder: Path, hints: Hints) -> Reading:
 FORMAT = Format(name=NAME, looks=f"{WEIGHTS} and {CONFIG}", detect=detect, read=read)
 
 
-def _class(folder: Path, trainer: dict[str, Any]) -> str:
+def _class(folder: Path, trainer: dict[str, Any], tensors: dict[str, Tensor], notes: list[str]) -> str:
     cls = trainer.get("dict_class")
+    if (cls, trainer.get("trainer_class")) == ("AutoEncoder", "StandardTrainerAprilUpdate"):
+        # This trainer writes the name of its default class, whatever class it was given.
+        if "decoder.bias" in tensors and "bias" not in tensors:
+            notes.append(
+                "its config says AutoEncoder, as this trainer always does; its tensors are an AutoEncoderNew's"
+            )
+            return "AutoEncoderNew"
     if cls not in CLASSES:
         raise ArtifactError(
             f"{folder / CONFIG} does not name a class that can be read",

@@ -12,7 +12,7 @@ from torch import Tensor
 from microtome.common.artifacts import read_json
 from microtome.common.config import from_dict, to_dict
 from microtome.common.errors import ArtifactError, ConfigError
-from microtome.dictionary.activation import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
+from microtome.dictionary.activation import Activation, Gated, GroupMax, GroupTopK, JumpReLU, ReLU, TopK
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary, Origin
 from microtome.dictionary.formats.reading import (
@@ -103,8 +103,8 @@ FORMAT = Format(
 
 
 def _describe(activation: Activation) -> dict[str, Any]:
-    k = getattr(activation, "k", None)
-    return {"name": activation.name, **({"k": k} if k is not None else {})}
+    numbers = {key: getattr(activation, key) for key in ("k", "groups") if hasattr(activation, key)}
+    return {"name": activation.name, **numbers}
 
 
 def _activation(file: TensorFile, said: dict[str, Any], prefix: str, d_sae: int) -> Activation:
@@ -115,13 +115,15 @@ def _activation(file: TensorFile, said: dict[str, Any], prefix: str, d_sae: int)
             return ReLU()
         case "topk":
             return TopK(said["k"])
+        case "grouptopk":
+            return GroupTopK(said["k"], said["groups"])
         case "groupmax":
             return GroupMax(said["k"])
         case "jumprelu":
             return JumpReLU(*tensors)
         case "gated":
             return Gated(*tensors)
-    raise ConfigError("Unknown activation", got=name, expected="relu, topk, groupmax, jumprelu or gated")
+    raise ConfigError("Unknown activation", got=name, expected="relu, topk, grouptopk, groupmax, jumprelu or gated")
 
 
 def _dictionary(

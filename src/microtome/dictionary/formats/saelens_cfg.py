@@ -34,7 +34,13 @@ ACTIVATIONS = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
+# What no activation of Microtome computes, and why.
+REFUSED = {
+    "abstopk": "its codes have signs",
+    "matching_pursuit": "its codes are found one after the other, each from what the ones before it left",
+    "temporal": "its codes depend on the tokens before",
+}
+NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,12 @@ def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
     flat = _modern(cfg) if legacy else dict(cfg)
     metadata = flat if legacy else dict(flat.get("metadata") or {})
     architecture = flat.get("architecture")
+    if architecture in REFUSED:
+        raise ArtifactError(
+            f"The dictionary at {folder} is of a kind that cannot be read: {REFUSED[architecture]}",
+            got=f"architecture {architecture!r}",
+            expected=f"one of {', '.join(ACTIVATIONS)}",
+        )
     _one_of(folder, "architecture", architecture, tuple(ACTIVATIONS))
     normalize = flat.get("normalize_activations") or "none"
     _one_of(folder, "normalize_activations", normalize, NORMS)

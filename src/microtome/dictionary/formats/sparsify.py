@@ -1,9 +1,10 @@
 """sparsify (EleutherAI): a folder named after its module, with `cfg.json` and `sae.safetensors`; `config.json` beside it.
 
 W_dec is [F, d], W_skip is [d, d] and used as x W_skipᵀ. A transcoder (`transcode`) reads the module's input and does not
-take b_dec from it. Read from sparsify 1.3.3.
+take b_dec from it. Of several seeds each has a folder `seed0` … inside its module's. Read from sparsify 1.3.3.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ def read(folder: Path, hints: Hints) -> Reading:
     file = TensorFile(folder / WEIGHTS, read_safetensors(folder / WEIGHTS), CFG)
     transcode = bool(cfg.get("transcode"))
     notes = []
-    origin = _origin(folder, transcode)
+    module = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
+    origin = _origin(module, transcode)
     if UNKNOWN in (*origin.inputs, *origin.outputs) and hints.hook_name is None:
-        notes.append(f"the folder's name, {folder.name!r}, is no module of a model: give hook_name")
+        notes.append(f"the folder's name, {module.name!r}, is no module of a model: give hook_name")
     if transcode and hints.hook_name is None:
         notes.append(
             "reads the input of a module (after the norm and its weight), which is no hook point of Microtome; its nearest is "
@@ -74,7 +76,10 @@ def _sizes(folder: Path, cfg: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def _origin(folder: Path, transcode: bool) -> Origin:
-    run = read_json(folder.parent / RUN) if (folder.parent / RUN).is_file() else {}
+    file = next(
+        (each / RUN for each in folder.parents[:2] if (each / RUN).is_file()), None
+    )  # the best ones lie in best/
+    run = read_json(file) if file else {}
     point = of_module(folder.name)
     context = run.get("ctx_len")
     return Origin(

@@ -231,7 +231,7 @@ def test_dictionary_learning_configs(values: dict[str, object], message: str, tm
         ({"signed": True}, "signed codes"),
         ({"k": None}, "k None"),
         ({"k": 100}, "k 100, d_sae 16"),
-        ({"expansion_factor": 0}, "num_latents 0"),
+        ({"expansion_factor": 0}, "expansion_factor 0"),
         ({"activation": "groupmax"}, "16 latents in 3 groups"),
         ({"skip_connection": True}, "W_skip None"),
     ],

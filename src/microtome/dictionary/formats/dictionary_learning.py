@@ -18,6 +18,7 @@ from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model, of_submodule
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
 from microtome.dictionary.formats.tensors import TensorFile, only_tensors, read_pickle
+from microtome.dictionary.formats.values import damaged, is_whole, table
 
 WEIGHTS, CONFIG, NAME = "ae.pt", "config.json", "dictionary_learning"
 # The name of the decoder's bias in each class, and whether it is taken from the input.
@@ -47,11 +48,11 @@ def read(path: Path, hints: Hints) -> Reading:
     if isinstance(values.get("ae"), dict):
         notes.append(f"of a run that was interrupted at step {values.get('step')}")
         config = {**({"trainer": values["config"]} if isinstance(values.get("config"), dict) else {}), **config}
-        factor = float(values.get("norm_factor") or 1.0)
+        factor = _factor(weights, values)
         values = values["ae"]
         if factor != 1.0:
             notes.append(f"trained on activations over {factor:.6g}: its biases and thresholds were multiplied by that")
-    trainer = config.get("trainer") or {}
+    trainer, buffer = (table(folder / CONFIG, config, key) for key in ("trainer", "buffer"))
     tensors = only_tensors(values)
     cls = _class(folder, trainer, tensors, notes)
     file = TensorFile(weights, tensors, f"{CONFIG} ({cls})")
@@ -61,8 +62,8 @@ def read(path: Path, hints: Hints) -> Reading:
         if trainer.get(key, size) != size:
             raise file.misfit(f"{key} {size}", f"{key} {trainer[key]}")
     activation, b_enc = _activation(folder, cls, file, trainer, d_sae)
-    origin = _origin(trainer, config.get("buffer") or {})
-    if (config.get("buffer") or {}).get("io") == "in_and_out":
+    origin = _origin(trainer, buffer)
+    if buffer.get("io") == "in_and_out":
         raise ArtifactError(f"The dictionary at {folder} is a transcoder, which dictionary_learning never finished")
     if origin.inputs[0] == UNKNOWN and hints.hook_name is None:
         notes.append("the config does not name the hook point: give hook_name")
@@ -87,20 +88,28 @@ FORMAT = Format(name=NAME, looks=f"{WEIGHTS} and {CONFIG}", detect=detect, read=
 
 def _class(folder: Path, trainer: dict[str, Any], tensors: dict[str, Tensor], notes: list[str]) -> str:
     cls = trainer.get("dict_class")
-    if (cls, trainer.get("trainer_class")) == ("AutoEncoder", "StandardTrainerAprilUpdate"):
-        # This trainer writes the name of its default class, whatever class it was given.
-        if "decoder.bias" in tensors and "bias" not in tensors:
-            notes.append(
-                "its config says AutoEncoder, as this trainer always does; its tensors are an AutoEncoderNew's"
-            )
-            return "AutoEncoderNew"
-    if cls not in CLASSES:
+    # This trainer writes the name of its default class, whatever class it was given.
+    april = (cls, trainer.get("trainer_class")) == ("AutoEncoder", "StandardTrainerAprilUpdate")
+    if april and "decoder.bias" in tensors and "bias" not in tensors:
+        notes.append("its config says AutoEncoder, as this trainer always does; its tensors are an AutoEncoderNew's")
+        return "AutoEncoderNew"
+    if not isinstance(cls, str) or cls not in CLASSES:
         raise ArtifactError(
             f"{folder / CONFIG} does not name a class that can be read",
             got=f"trainer.dict_class {cls!r}",
             expected=f"one of {', '.join(CLASSES)}",
         )
-    return str(cls)
+    return cls
+
+
+def _factor(file: Path, values: dict[str, Any]) -> float:
+    """What the activations of an interrupted run were divided by."""
+    factor = values.get("norm_factor", 1.0)
+    if factor is None:
+        return 1.0
+    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+        raise damaged(file, "norm_factor", factor, "a positive number")
+    return float(factor)
 
 
 def _matrices(file: TensorFile) -> tuple[Tensor, Tensor]:
@@ -139,11 +148,11 @@ def _activation(
 
 
 def _k(file: TensorFile, trainer: dict[str, Any]) -> int:
-    inside = int(file.tensors["k"]) if "k" in file else None
+    inside = int(file.tensors["k"]) if "k" in file and file.tensors["k"].numel() == 1 else None
     said = trainer.get("k", inside)
-    if not isinstance(said, int) or said < 1 or inside not in (None, said):
+    if not is_whole(said) or inside not in (None, said):
         raise file.misfit(f"k {inside} in the weights", f"k {said!r}")
-    return said
+    return int(said)
 
 
 def _origin(trainer: dict[str, Any], buffer: dict[str, Any]) -> Origin:

@@ -31,6 +31,7 @@ from microtome.dictionary.formats.reading import (
     leftover,
 )
 from microtome.dictionary.formats.tensors import TensorFile, only_tensors, read_pickle, read_safetensors
+from microtome.dictionary.formats.values import text, whole
 
 CONFIG, MODEL, NAME = "config.json", "lm_config.json", "llamascopium"
 # In the order in which its own loader looks for them.
@@ -46,15 +47,14 @@ class _Source:
     folder: Path
     config: dict[str, Any]
     file: TensorFile
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
     origin: Origin
     notes: list[str]
 
     @property
     def by_norm(self) -> bool:
         return bool(self.config.get("sparsity_include_decoder_norm", True))
-
-    def points(self, *keys: str) -> tuple[str, ...]:
-        return tuple(str(point) for key in keys for point in _listed(self.config.get(key)))
 
 
 def detect(folder: Path) -> bool:
@@ -67,8 +67,8 @@ def read(folder: Path, hints: Hints) -> Reading:
     config = read_json(folder / CONFIG)
     readers = {"sae": _sae, "crosscoder": _crosscoder, "clt": _cross_layer}
     kind = config.get("sae_type")
-    if kind not in readers or config.get("use_glu_encoder"):
-        got = "use_glu_encoder true" if kind in readers else f"sae_type {kind!r}"
+    if not isinstance(kind, str) or kind not in readers or config.get("use_glu_encoder"):
+        got = "use_glu_encoder true" if config.get("use_glu_encoder") else f"sae_type {kind!r}"
         raise _refused(folder, got, " or ".join(readers))
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
@@ -78,8 +78,10 @@ def read(folder: Path, hints: Hints) -> Reading:
         tensors = only_tensors(values["sae"] if isinstance(values.get("sae"), dict) else values)
     else:
         tensors = read_safetensors(weights)
-    source = _Source(folder, config, TensorFile(weights, tensors, CONFIG), _origin(folder, config, hints), [])
-    made = readers[str(kind)](source)
+    reads, writes = _points(config)
+    origin = hints.applied(_origin(folder, config, reads, writes))
+    source = _Source(folder, config, TensorFile(weights, tensors, CONFIG), reads, writes, origin, [])
+    made = readers[kind](source)
     source.file.skip(*(name for name in tensors if name.startswith(_NORM)))
     return Reading(dictionary=made, format=NAME, notes=(*dict.fromkeys(source.notes), *leftover(source.file.left)))
 
@@ -94,6 +96,8 @@ def _sae(source: _Source) -> AnyDictionary:
     file, config = source.file, source.config
     d_in, d_sae = file.shape("W_E", 2)
     _check_width(source, d_in, d_sae)
+    if len(source.reads) != 1 or len(source.writes) != 1:
+        raise file.misfit("one point", f"{len(source.reads)} hook_point_in, {len(source.writes)} hook_point_out")
     W_dec = file.take("W_D", d_sae, d_in)
     made = build(
         source.folder,
@@ -109,7 +113,7 @@ def _sae(source: _Source) -> AnyDictionary:
         input_norm=_token_norm(source),
     )
     _fold_selection(source, made)
-    read, written = (_scale(source, point, d_in) for point in source.points("hook_point_in", "hook_point_out"))
+    read, written = (_scale(source, point, d_in) for point in (*source.reads, *source.writes))
     made.fold_scales(torch.full((d_in,), read), torch.full((d_in,), written))
     return made
 
@@ -147,7 +151,7 @@ def _scale(source: _Source, point: str, d_model: int) -> float:
 
 def _activation(source: _Source, norms: Tensor, shape: tuple[int, ...]) -> Activation:
     """ReLU, TopK or JumpReLU for the latents of `norms`; of JumpReLU the threshold of pre itself, not of pre · norm."""
-    name, k = source.config.get("act_fn", "relu"), source.config.get("top_k")
+    name = source.config.get("act_fn", "relu")
     if name == "relu":
         return ReLU()
     if name == "jumprelu":
@@ -157,8 +161,8 @@ def _activation(source: _Source, norms: Tensor, shape: tuple[int, ...]) -> Activ
         # A latent that writes nothing is never above its threshold.
         never = torch.finfo(threshold.dtype).max
         return JumpReLU((threshold / norms).where(norms > 0, never).flatten())
-    if name == "topk" and isinstance(k, int):
-        return TopK(k)
+    if name == "topk":
+        return TopK(whole(source.folder / CONFIG, source.config, "top_k"))
     why = f"act_fn {name!r}"
     if name in ("batchtopk", "batchlayertopk"):
         why += ", whose codes depend on the batch: convert it to jumprelu in llamascopium"
@@ -210,7 +214,7 @@ def _crosscoder(source: _Source) -> Dictionary:
         input_norm=_token_norm(source),
     )
     _fold_selection(source, made)
-    scales = torch.tensor([_scale(source, point, d_model) for point in source.points("hook_points")])
+    scales = torch.tensor([_scale(source, point, d_model) for point in source.reads])
     made.fold_scales(scales.repeat_interleave(d_model), scales.repeat_interleave(d_model))
     return made
 
@@ -239,8 +243,7 @@ def _cross_layer(source: _Source) -> AnyDictionary:
             made.encoder[silent], made.b_enc[silent] = 0, 0
         source.notes.append("latents are chosen by pre · ‖W_D‖: the norms of all rows of a latent together were folded")
     read, written = (
-        torch.tensor([_scale(source, point, d_model) for point in source.points(key)])
-        for key in ("hook_points_in", "hook_points_out")
+        torch.tensor([_scale(source, point, d_model) for point in points]) for points in (source.reads, source.writes)
     )
     made.fold_scales(read, written)
     return made
@@ -250,11 +253,10 @@ def _cross_activation(
     source: _Source, weights: dict[str, Tensor], layers: int, width: int
 ) -> Activation | list[Activation]:
     norms = torch.stack([weights[f"W_dec.{layer}"].flatten(1).norm(dim=1) for layer in range(layers)])
-    name, k = source.config.get("act_fn", "relu"), source.config.get("top_k")
+    name = source.config.get("act_fn", "relu")
     if name not in ("topk", "layertopk"):
         return _activation(source, norms, (layers, width))
-    if not isinstance(k, int):
-        raise _refused(source.folder, f"top_k {k!r}", "a positive integer")
+    k = whole(source.folder / CONFIG, source.config, "top_k")
     return TopK(k) if name == "layertopk" else [TopK(k) for _ in range(layers)]
 
 
@@ -276,23 +278,20 @@ def _no_weights(folder: Path) -> ArtifactError:
     )
 
 
-def _origin(folder: Path, config: dict[str, Any], hints: Hints) -> Origin:
+def _points(config: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is read and what is written, in each kind's own words."""
     reads = _listed(config.get("hook_point_in") or config.get("hook_points_in") or config.get("hook_points") or UNKNOWN)
-    writes = _listed(config.get("hook_point_out") or config.get("hook_points_out") or reads)
+    return reads, _listed(config.get("hook_point_out") or config.get("hook_points_out") or reads)
+
+
+def _origin(folder: Path, config: dict[str, Any], reads: tuple[str, ...], writes: tuple[str, ...]) -> Origin:
     model = read_json(folder / MODEL) if (folder / MODEL).is_file() else config
-    name, begins = model.get("model_name"), model.get("prepend_bos", True)
-    return hints.applied(
-        Origin(
-            model_name=hub_model(name) if isinstance(name, str) else UNKNOWN,
-            inputs=tuple(reads),
-            outputs=tuple(writes),
-            prepend_bos=bool(begins),
-        )
-    )
+    name = hub_model(text(model, "model_name") or UNKNOWN)
+    return Origin(model_name=name, inputs=reads, outputs=writes, prepend_bos=bool(model.get("prepend_bos", True)))
 
 
-def _listed(value: Any) -> list[str]:
-    return [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
+def _listed(value: Any) -> tuple[str, ...]:
+    return tuple(str(each) for each in value) if isinstance(value, list | tuple) else (str(value),)
 
 
 def _check_width(source: _Source, d_model: int, d_sae: int) -> None:

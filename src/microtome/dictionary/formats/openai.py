@@ -2,7 +2,8 @@
 
 `pre_bias, encoder.weight [F, d], latent_bias, decoder.weight [d, F]`, the activation's class by name, and its k. The input is
 layer-normalised exactly when the activation is TopK, as in their `Autoencoder.from_state_dict`. The file names neither
-model nor point; their storage does, `gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt`. Source: Gao et al. 2024, arXiv 2406.04093, and github.com/openai/sparse_autoencoder.
+model nor point; their storage does: `gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt`. Source: Gao et al. 2024, arXiv
+2406.04093, and `model.py`, `paths.py` and the README of github.com/openai/sparse_autoencoder.
 """
 
 import re
@@ -83,7 +84,7 @@ def _file(path: Path) -> Path | None:
     return files[0] if len(files) == 1 and not any(path.glob("*.json")) else None
 
 
-def _decoder(file: TensorFile, W_enc: Tensor) -> tuple[Tensor, bool]:  # noqa: N803 - the field's name
+def _decoder(file: TensorFile, W_enc: Tensor) -> tuple[Tensor, bool]:
     """W_dec [F, d], and whether it is the encoder's: then the file has the encoder's weight a second time."""
     d_in, d_sae = W_enc.shape
     if "decoder.linear.weight" not in file:
@@ -99,7 +100,7 @@ def _origin(file: Path) -> Origin:
     match = _PLACE.search(file.as_posix())
     if not match or match[1] not in _POINTS:
         return Origin(model_name=UNKNOWN, inputs=(UNKNOWN,), context=64)
-    return Origin(model_name="gpt2", inputs=(f"blocks.{match[2]}.{_POINTS[match[1]]}",), context=64, prepend_bos=False)
+    return Origin(model_name="gpt2", inputs=(f"blocks.{match[2]}.{_POINTS[match[1]]}",), context=64)
 
 
 def _activation(file: Path, values: dict[str, Any]) -> Activation:

@@ -5,7 +5,7 @@ says all that the tensors do not. They are called as the parameters of the class
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from microtome.common.config import from_dict, to_dict
 from microtome.common.errors import ArtifactError, ConfigError
 from microtome.dictionary.activation import Activation, Gated, GroupMax, GroupTopK, JumpReLU, ReLU, TopK
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
-from microtome.dictionary.dictionary import Dictionary, Origin
+from microtome.dictionary.dictionary import Dictionary, InputNorm, Origin
 from microtome.dictionary.formats.reading import (
     AnyDictionary,
     Format,
@@ -27,6 +27,7 @@ from microtome.dictionary.formats.reading import (
 )
 from microtome.dictionary.formats.saelens_cfg import CFG
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
+from microtome.dictionary.formats.values import damaged, table, whole
 
 KEY, NAME, VERSION = "microtome", "microtome", 1
 WEIGHTS = "sae_weights.safetensors"
@@ -80,8 +81,10 @@ def read(folder: Path, hints: Hints) -> Reading:
         raise ArtifactError(f"{folder / CFG} has another format version", got=got, expected=VERSION)
     file = TensorFile(folder / WEIGHTS, read_safetensors(folder / WEIGHTS), CFG)
     try:
-        origin = from_dict(Origin, facts["origin"])
-        kinds = list(facts["activations"])
+        origin = from_dict(Origin, table(folder / CFG, facts, "origin"))
+        kinds = facts["activations"]
+        if not isinstance(kinds, list) or not all(isinstance(kind, dict) for kind in kinds):
+            raise damaged(folder / CFG, "activations", kinds, "a list of objects")
         first = kinds[0]
         made: AnyDictionary
         if facts["kind"] == "cross_layer_transcoder":
@@ -114,11 +117,11 @@ def _activation(file: TensorFile, said: dict[str, Any], prefix: str, d_sae: int)
         case "relu":
             return ReLU()
         case "topk":
-            return TopK(said["k"])
+            return TopK(whole(file.file, said, "k"))
         case "grouptopk":
-            return GroupTopK(said["k"], said["groups"])
+            return GroupTopK(whole(file.file, said, "k"), whole(file.file, said, "groups"))
         case "groupmax":
-            return GroupMax(said["k"])
+            return GroupMax(whole(file.file, said, "k"))
         case "jumprelu":
             return JumpReLU(*tensors)
         case "gated":
@@ -134,7 +137,10 @@ def _dictionary(
     cfg: dict[str, Any],
     facts: dict[str, Any],
 ) -> Dictionary:
-    d_in, d_out, d_sae = cfg["d_in"], cfg["d_out"], cfg["d_sae"]
+    d_in, d_out, d_sae = (whole(folder / CFG, cfg, key) for key in ("d_in", "d_out", "d_sae"))
+    for key, known in (("center", (True, False)), ("skip", (True, False)), ("input_norm", get_args(InputNorm))):
+        if facts[key] not in known or isinstance(facts[key], bool) != isinstance(known[0], bool):
+            raise damaged(folder / CFG, key, facts[key], f"one of {', '.join(map(str, known))}")
     return build(
         folder,
         origin,

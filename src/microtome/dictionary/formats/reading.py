@@ -88,6 +88,12 @@ def build(
     Raises ArtifactError when they do not fit each other, hold NaN, or the activation does not fit them.
     """
     (d_in, d_sae), d_out = weights.W_enc.shape, weights.W_dec.shape[1]
+    if d_in != d_out and origin.inputs == origin.outputs and UNKNOWN not in origin.inputs:
+        raise ArtifactError(
+            f"The weights at {where} do not fit each other",
+            got=f"{d_in} inputs, {d_out} outputs",
+            expected="an autoencoder's",
+        )
     if input_norm != "none" and (origin.inputs != origin.outputs or len(origin.inputs) > 1):
         raise ArtifactError(
             f"The dictionary at {where} normalises its input in a way that only an autoencoder of one point can",

@@ -15,6 +15,7 @@ from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import into_module, of_module
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
+from microtome.dictionary.formats.values import whole
 
 CFG, WEIGHTS, RUN, NAME = "cfg.json", "sae.safetensors", "config.json", "sparsify"
 
@@ -65,14 +66,12 @@ FORMAT = Format(name=NAME, looks=f"{CFG} and {WEIGHTS}", detect=detect, read=rea
 
 
 def _sizes(folder: Path, cfg: dict[str, Any]) -> tuple[int, int, int]:
-    d_in, k = cfg.get("d_in"), cfg.get("k")
-    latents = cfg.get("num_latents") or (d_in or 0) * (cfg.get("expansion_factor") or 0)
-    for key, value in (("d_in", d_in), ("num_latents", latents), ("k", k)):
-        if not isinstance(value, int) or value < 1:
-            raise ArtifactError(f"{folder / CFG} is damaged", got=f"{key} {value!r}", expected="a positive integer")
-    assert isinstance(d_in, int)
-    assert isinstance(k, int)
-    return d_in, int(latents), k
+    """d_in, the latents (`num_latents`, or where that is 0 d_in · expansion_factor), and k."""
+    file = folder / CFG
+    d_in, k = whole(file, cfg, "d_in"), whole(file, cfg, "k")
+    if cfg.get("num_latents"):
+        return d_in, whole(file, cfg, "num_latents"), k
+    return d_in, d_in * whole(file, cfg, "expansion_factor"), k
 
 
 def _origin(folder: Path, transcode: bool) -> Origin:

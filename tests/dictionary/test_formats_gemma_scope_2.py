@@ -176,7 +176,7 @@ def test_releases(name: str, inside: str, model: str, tmp_path: Path, monkeypatc
 
 
 def test_a_release_without_an_id() -> None:
-    with pytest.raises(ArtifactError, match="for example gemma-scope-2-1b-pt-res/layer_13_width_16k_l0_medium"):
+    with pytest.raises(ArtifactError, match="for example gemma-scope-2-1b-pt-res/layer_13_width_16k_l0_big"):
         load_dictionary("gemma-scope-2-1b-pt-res")
     assert find_release("gemma-scope-2-1b-pt-attention/layer_3") is None
 

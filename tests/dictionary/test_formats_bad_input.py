@@ -226,6 +226,37 @@ def test_every_value_of_a_config(name: str, file: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "file", "changes", "tensor"),
+    [
+        ("saelens/jumprelu", "cfg.json", {"architecture": "standard"}, "threshold"),
+        ("saelens/jumprelu", "cfg.json", {"architecture": "topk", "k": 3}, "threshold"),
+        ("saelens/skip_transcoder", "cfg.json", {"architecture": "transcoder"}, "W_skip"),
+        ("saelens_checkpoint/batchtopk", "cfg.json", {"architecture": "topk", "k": 3}, "topk_threshold"),
+        ("sparsify/layers.3.mlp", "cfg.json", {"skip_connection": False}, "W_skip"),
+        ("llamascopium/jumprelu", "config.json", {"act_fn": "relu"}, "activation_function.log_jumprelu_threshold"),
+        ("llamascopium/relu", "config.json", {"use_decoder_bias": False}, "b_D"),
+        ("llamascopium/clt_relu", "config.json", {"use_decoder_bias": False}, "b_D.0"),
+        ("microtome", "cfg.json", {"microtome": {"skip": False}}, "W_skip"),
+    ],
+)
+def test_configs_that_say_another_kind(
+    name: str, file: str, changes: dict[str, Any], tensor: str, tmp_path: Path
+) -> None:
+    """The weights have all that the other kind needs, and one tensor more."""
+    folder = folder_of(name, tmp_path)
+    if name == "microtome":
+        (folder / file).unlink()
+        save_dictionary(read_dictionary(FIXTURES / "llamascopium/crosscoder_jumprelu").dictionary, folder)
+        tensors = stored(folder / "sae_weights.safetensors")
+        store({**tensors, "W_skip": torch.ones(2)}, folder / "sae_weights.safetensors")
+    config = json.loads((folder / file).read_text())
+    inside = {key: {**config[key], **value} if isinstance(value, dict) else value for key, value in changes.items()}
+    (folder / file).write_text(json.dumps({**config, **inside}))
+    with pytest.raises(ArtifactError, match=f"Got: a tensor {tensor}, which another kind has"):
+        read_dictionary(folder)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("norm_factor", "much", "norm_factor 'much'. Expected: a positive number"),

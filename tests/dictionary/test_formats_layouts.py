@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 
 from microtome.common.errors import ArtifactError
 from microtome.dictionary import CrossLayerTranscoder, Dictionary, load_cross_layer_transcoder, load_dictionary
@@ -185,7 +185,7 @@ def test_llamascopium_pickles_and_distributed_checkpoints(tmp_path: Path) -> Non
     (tmp_path / "sae_weights.safetensors").rename(tmp_path / "kept.safetensors")
     with pytest.raises(ArtifactError, match="has no weights. Got: none. Expected: sae_weights.safetensors or"):
         load_dictionary(tmp_path)
-    checkpoint.save(tensors, checkpoint_id=tmp_path / "sae_weights.dcp", no_dist=True)
+    save_checkpoint(tensors, checkpoint_id=tmp_path / "sae_weights.dcp", no_dist=True)
     with pytest.raises(ArtifactError, match="a distributed checkpoint, which is not read here.*pickle") as raised:
         load_dictionary(tmp_path)
     command = str(raised.value).partition("python -m ")[2].split()

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,10 +26,10 @@ class TopK(nn.Module):
         edge = pre.sort(dim=-1, descending=True).values[:, K - 1 : K]
         return torch.where(pre >= edge, self.postact_fn(pre), 0)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Its numbers beside the (empty) state of a module."""
-        state = super().state_dict(*args, **kwargs)
-        return state | {"k": K, "postact_fn": type(self.postact_fn).__name__}
+    @property
+    def numbers(self) -> dict[str, object]:
+        """What its state has beside that of any module."""
+        return {"k": K, "postact_fn": type(self.postact_fn).__name__}
 
 
 class Tied(nn.Module):
@@ -69,7 +68,9 @@ class Autoencoder(nn.Module):
     def save(self, file: Path) -> None:
         """Its state, the activation's class by name, and the activation's own state."""
         state = {name: value for name, value in super().state_dict().items() if not name.startswith("activation.")}
-        said = {"activation": type(self.activation).__name__, "activation_state_dict": self.activation.state_dict()}
+        inside: dict[str, object] = self.activation.state_dict()  # of PyTorch's own class of dict, with an attribute
+        inside.update(self.activation.numbers if isinstance(self.activation, TopK) else {})
+        said = {"activation": type(self.activation).__name__, "activation_state_dict": inside}
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save({**state, **said}, file)
 

@@ -152,7 +152,7 @@ def _k(file: TensorFile, trainer: dict[str, Any]) -> int:
     said = trainer.get("k", inside)
     if not is_whole(said) or inside not in (None, said):
         raise file.misfit(f"k {inside} in the weights", f"k {said!r}")
-    return int(said)
+    return said
 
 
 def _origin(trainer: dict[str, Any], buffer: dict[str, Any]) -> Origin:

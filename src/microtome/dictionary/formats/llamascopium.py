@@ -53,6 +53,10 @@ class _Source:
     notes: list[str]
 
     @property
+    def has_bias(self) -> bool:
+        return bool(self.config.get("use_decoder_bias", True))
+
+    @property
     def by_norm(self) -> bool:
         return bool(self.config.get("sparsity_include_decoder_norm", True))
 
@@ -83,6 +87,7 @@ def read(folder: Path, hints: Hints) -> Reading:
     source = _Source(folder, config, TensorFile(weights, tensors, CONFIG), reads, writes, origin, [])
     made = readers[kind](source)
     source.file.skip(*(name for name in tensors if name.startswith(_NORM)))
+    source.file.refuse("activation_function.", "W_E_glu", "b_E_glu", *(() if source.has_bias else ("b_D",)))
     return Reading(dictionary=made, format=NAME, notes=(*dict.fromkeys(source.notes), *leftover(source.file.left)))
 
 
@@ -93,7 +98,7 @@ FORMAT = Format(name=NAME, looks=f"{CONFIG} with sae_type, and {WEIGHTS[0]}", de
 
 
 def _sae(source: _Source) -> AnyDictionary:
-    file, config = source.file, source.config
+    file = source.file
     d_in, d_sae = file.shape("W_E", 2)
     _check_width(source, d_in, d_sae)
     if len(source.reads) != 1 or len(source.writes) != 1:
@@ -107,7 +112,7 @@ def _sae(source: _Source) -> AnyDictionary:
             W_enc=file.take("W_E", d_in, d_sae),
             W_dec=W_dec,
             b_enc=file.take("b_E", d_sae),
-            b_dec=file.take("b_D", d_in) if config.get("use_decoder_bias", True) else None,
+            b_dec=file.take("b_D", d_in) if source.has_bias else None,
         ),
         center=False,
         input_norm=_token_norm(source),
@@ -229,7 +234,7 @@ def _cross_layer(source: _Source) -> AnyDictionary:
         "b_enc": file.take("b_E", layers, width),
         "b_dec": torch.zeros(layers, d_model),
     }
-    if source.config.get("use_decoder_bias", True):
+    if source.has_bias:
         weights["b_dec"] = torch.stack([file.take(f"b_D.{j}", d_model) for j in range(layers)])
     for layer in range(layers):
         weights[f"W_dec.{layer}"] = torch.stack([to_layer[j][layer] for j in range(layer, layers)], 1)

@@ -58,6 +58,8 @@ def read(folder: Path, hints: Hints) -> Reading:
         ),
     )
     made = build_cross_layer(folder, origin, _activation(folder, thresholds), weights)
+    for file in files:
+        file.refuse("W_skip", "threshold")
     left = leftover([name for file in files for name in file.left])
     return Reading(dictionary=made, format=NAME, notes=(*notes, *left))
 

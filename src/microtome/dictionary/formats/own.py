@@ -93,6 +93,7 @@ def read(folder: Path, hints: Hints) -> Reading:
             made = _dictionary(folder, file, origin, first, cfg, facts)
     except (LookupError, TypeError, ConfigError) as error:
         raise ArtifactError(f"{folder / CFG} is damaged: {error}") from error
+    file.refuse("threshold", "r_mag", "b_mag", "W_skip", "activations.")
     made.origin = hints.applied(origin)
     return Reading(dictionary=made, format=NAME, notes=leftover(file.left))
 

@@ -52,6 +52,7 @@ def read(folder: Path, hints: Hints) -> Reading:
     W_dec = _finetuning(folder, cfg, file, W_dec, notes)
     scale = _scale(folder, cfg, hints, notes)
     activation, b_enc = _activation(cfg, file, W_dec, scale)
+    file.refuse("threshold", "log_threshold", "topk_threshold", "r_mag", "b_mag", "b_gate", "W_skip", "attn_layers")
     norm = cfg.normalize if cfg.normalize in ("layer_norm", "constant_norm_rescale") else "none"
     made = build(
         folder,

@@ -46,6 +46,7 @@ def read(folder: Path, hints: Hints) -> Reading:
             "ln2.hook_normalized, before the weight"
         )
     skip = file.take("W_skip", d_in, d_in) if cfg.get("skip_connection") else None
+    file.refuse("W_skip")
     made = build(
         folder,
         hints.applied(origin),

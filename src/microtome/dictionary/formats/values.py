@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from microtome.common.errors import ArtifactError
 
@@ -26,11 +26,10 @@ def whole(file: Path, config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     if not is_whole(value):
         raise damaged(file, key, value, "a positive integer")
-    assert isinstance(value, int)
     return value
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether it is a positive integer: true and false, which Python counts as integers, are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 

@@ -1,12 +1,12 @@
 """Writes tests/dictionary/fixtures: small dictionaries made by other libraries' own code, with those libraries' own codes and
 reconstructions of fixed inputs beside them, so that the tests need none of the libraries.
 
-    pip install sae-lens dictionary-learning eai-sparsify circuit-tracer
-    python scripts/dictionary_fixtures.py
+    pip install sae-lens dictionary-learning eai-sparsify circuit-tracer llamascopium
+    python -m scripts.dictionary_fixtures
 
 Each folder `library/name` has beside it `library/name.expected.safetensors` with x [12, d_in], codes [12, d_sae] (dense) and out
-[12, d_out]. What no library writes (SAELens's layout from before version 6, the npz of Gemma Scope, Llama Scope's folder) is
-written here and read by SAELens.
+[12, d_out]. What no library writes (SAELens's layout from before version 6, the files of Gemma Scope and Gemma Scope 2, Llama
+Scope's folder) is written here and read by SAELens, and Gemma Scope 2's cross-layer transcoders by circuit-tracer.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from unittest import mock
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file, save_file
+from scripts.dictionary_fixtures_others import circuit_tracer, dictionary_learning, llamascopium, sparsify
+from scripts.fixture_tools import POINT, ROOT, D, F, K, N, expect, inputs, shake
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1] / "tests/dictionary/fixtures"
-D, F, N, K = 8, 16, 12, 3
-POINT = "blocks.3.hook_resid_post"
-LIBRARIES = ("sae-lens", "dictionary-learning", "eai-sparsify", "circuit-tracer", "torch")
+LIBRARIES = ("sae-lens", "dictionary-learning", "eai-sparsify", "circuit-tracer", "llamascopium", "torch")
 
 
 def main() -> None:
@@ -40,30 +40,11 @@ def main() -> None:
         dictionary_learning()
         sparsify()
         circuit_tracer()
+        gemma_scope_2()
+        whitened()
+        llamascopium()
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     (ROOT / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-
-
-def inputs(d: int = D) -> Tensor:
-    """The same rows every time, none of mean zero."""
-    return torch.randn(N, d, generator=torch.Generator().manual_seed(1)) * 2 + 0.3
-
-
-def expect(folder: Path, x: Tensor, codes: Tensor, out: Tensor) -> None:
-    """Keep what the library made of x."""
-    tensors = {"x": x, "codes": codes, "out": out}
-    save_file(
-        {k: v.float().contiguous() for k, v in tensors.items()}, folder.with_name(f"{folder.name}.expected.safetensors")
-    )
-
-
-def shake(module: torch.nn.Module) -> None:
-    """Random numbers in every parameter: fresh ones are zeros or transposes of each other."""
-    for name, tensor in module.named_parameters():
-        if name == "threshold":
-            tensor.copy_(torch.rand_like(tensor) * 1.5)
-        else:
-            tensor.copy_(torch.randn_like(tensor) * 0.5)
 
 
 # ---- SAELens ----------------------------------------------------------------------------------------------------------------
@@ -260,105 +241,126 @@ def keep_read(folder: Path, loader: Any, repo: str, inside: str, sizes: dict[str
     expect(folder, inputs(), codes, made(inputs()))
 
 
+def gemma_scope_2() -> None:
+    """Single layers through SAELens's reader; several through circuit-tracer's, which knows only cross-layer transcoders."""
+    top, said = ROOT / "gemma-scope-2-270m-pt", {"model_name": "google/gemma-3-270m-pt", "architecture": "jump_relu"}
+    mlp = {
+        f"hf_hook_point_{way}": f"model.layers.{{}}.{norm}_feedforward_layernorm.output"
+        for way, norm in (("in", "pre"), ("out", "post"))
+    }
+    points: dict[str, dict[str, str]] = {
+        "resid_post": {"hf_hook_point_in": "model.layers.{}.output"},
+        "mlp_out_all": {"hf_hook_point_in": mlp["hf_hook_point_out"]},
+        "attn_out": {"hf_hook_point_in": "model.layers.{}.self_attn.o_proj.input"},
+        "transcoder": mlp,
+        "transcoder_all": mlp,  # without a config: SAELens looks at the path then
+        "crosscoder": {"hf_hook_point_in": "model.layers.{}.output"},
+        "clt": mlp,
+    }
+    for site, where in points.items():
+        affine, several = site == "transcoder_all", site in ("crosscoder", "clt")
+        for end in ("", "_affine") if site == "clt" else ("_affine" if affine else "",):
+            layer = {"crosscoder": "{5,9,12}", "clt": "{all}"}.get(site, "3")
+            start = "" if site == "clt" else f"layer_{layer.strip('{}').replace(',', '_')}_"
+            folder = top / site / f"{start}width_16k_l0_small{end}"
+            folder.mkdir(parents=True)
+            config = {key: value.replace("{}", layer) for key, value in where.items()}
+            config |= {"hf_hook_point_out": config.get("hf_hook_point_out", config["hf_hook_point_in"]), **said}
+            more = {
+                "width": F * 3 if several else F,
+                "l0": 20,
+                "affine_connection": bool(end),
+                "type": site.removesuffix("_all"),
+            }
+            more["type"] = more["type"] if more["type"] in ("transcoder", "crosscoder", "clt") else "sae"
+            if not affine:
+                (folder / "config.json").write_text(json.dumps({**config, **more}))
+            (keep_layers if several else keep_layer)(folder, site, bool(end))
+
+
+def keep_layer(folder: Path, site: str, affine: bool) -> None:
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    tensors = {name.lower(): tensor for name, tensor in random_tensors().items()} | {"threshold": torch.rand(F)}
+    save_file(
+        tensors | ({"affine_skip_connection": torch.randn(D, D)} if affine else {}), folder / "params.safetensors"
+    )
+    keep_read(
+        folder, loaders.gemma_3_sae_huggingface_loader, "google/gemma-scope-2-270m-pt", f"{site}/{folder.name}", {}
+    )
+
+
+def keep_layers(folder: Path, site: str, affine: bool) -> None:
+    from circuit_tracer.transcoder.cross_layer_transcoder import load_gemma_scope_2_clt
+
+    del site
+    for layer in range(3):
+        tensors = {"w_enc": torch.randn(D, F) * 0.5, "w_dec": torch.randn(F, 3, D) * 0.5, "threshold": torch.rand(F)}
+        tensors["w_dec"][:, :layer] = 0
+        tensors |= {"b_enc": torch.randn(F) * 0.5, "b_dec": torch.randn(D) * 0.5}
+        save_file(
+            tensors | ({"affine_skip_connection": torch.randn(D, D)} if affine else {}),
+            folder / f"params_layer_{layer}.safetensors",
+        )
+    paths = {i: str(folder / f"params_layer_{i}.safetensors") for i in range(3)}
+    paths[3] = ""  # its loader leaves out the layer of the highest number
+    clt = load_gemma_scope_2_clt(paths, device=torch.device("cpu"), dtype=torch.float32)
+    x = inputs(3 * D)
+    layers = x.view(N, 3, D).transpose(0, 1)
+    codes = clt.encode(layers)
+    out = clt.decode(codes, layers) if affine else clt.decode(codes)
+    expect(folder, x, codes.transpose(0, 1).reshape(N, -1), out.transpose(0, 1).reshape(N, -1))
+
+
+def whitened() -> None:
+    """What training on whitened activations leaves, and what SAELens makes of it for use."""
+    from sae_lens.saes import gated_sae, jumprelu_sae, sae, standard_sae, topk_sae
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "standard": (standard_sae.StandardTrainingSAE, standard_sae.StandardTrainingSAEConfig, {}),
+        "topk": (topk_sae.TopKTrainingSAE, topk_sae.TopKTrainingSAEConfig, {"k": K}),
+        "jumprelu": (jumprelu_sae.JumpReLUTrainingSAE, jumprelu_sae.JumpReLUTrainingSAEConfig, {}),
+        "gated": (gated_sae.GatedTrainingSAE, gated_sae.GatedTrainingSAEConfig, {"apply_b_dec_to_input": False}),
+    }
+    scaler = ActivationScaler()
+    scaler.estimate_whitening(D, iter([inputs() * 2 + 1, inputs().flip(1)]), 2)
+    for name, (cls, config, more) in kinds.items():
+        folder, final = ROOT / "saelens_checkpoint" / f"whitened_{name}", ROOT / "saelens" / f"trained_whitened_{name}"
+        training = cls(
+            config(d_in=D, d_sae=F, normalize_activations="covariance_whitening", **more, metadata=metadata())
+        )
+        shake(training)
+        training.save_model(folder)
+        scaler.save(str(folder / "activation_scaler.json"))
+        found = scaler.whitening
+        assert found is not None
+        training.fold_activation_whitening(found.mean, found.matrix, found.inverse_matrix)
+        training.save_inference_model(final)
+        used = sae.SAE.load_from_disk(final)
+        for where in (folder, final):
+            expect(where, inputs(), used.encode(inputs()), used(inputs()))
+
+
 @contextlib.contextmanager
 def local_hub(folder: Path, inside: str) -> Iterator[None]:
     """SAELens's downloads, answered from a folder on this disk."""
 
     def here(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
         del repo_id
-        return str(
-            folder / f"{subfolder}/{filename}".removeprefix(f"{inside}/").removeprefix("/").removeprefix(f"{inside}/")
+        file = folder / f"{subfolder}/{filename}".removeprefix(f"{inside}/").removeprefix("/").removeprefix(
+            f"{inside}/"
         )
+        if not file.is_file():
+            raise EntryNotFoundError(str(file))
+        return str(file)
 
-    with mock.patch("sae_lens.loading.pretrained_sae_loaders.hf_hub_download", here):
+    def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
+        return {name: list(tensor.shape) for name, tensor in load_file(here(repo_id, filename)).items()}
+
+    loaders = "sae_lens.loading.pretrained_sae_loaders."
+    with mock.patch(f"{loaders}hf_hub_download", here), mock.patch(f"{loaders}get_safetensors_tensor_shapes", shapes):
         yield
-
-
-# ---- the others ---------------------------------------------------------------------------------------------------------------
-
-
-def dictionary_learning() -> None:
-    """Each class with its own state dict, and the config that its trainers write."""
-    from dictionary_learning import dictionary as d
-    from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
-
-    made = {
-        "AutoEncoder": d.AutoEncoder(D, F),
-        "AutoEncoderNew": d.AutoEncoderNew(D, F),
-        "GatedAutoEncoder": d.GatedAutoEncoder(D, F),
-        "JumpReluAutoEncoder": d.JumpReluAutoEncoder(D, F),
-        "AutoEncoderTopK": top_k.AutoEncoderTopK(D, F, K),
-        "BatchTopKSAE": batch_top_k.BatchTopKSAE(D, F, K),
-        "MatryoshkaBatchTopKSAE": matryoshka_batch_top_k.MatryoshkaBatchTopKSAE(D, F, K, [4, F - 4]),
-    }
-    for name, ae in made.items():
-        folder = ROOT / "dictionary_learning" / name
-        folder.mkdir(parents=True)
-        shake(ae)
-        if "BatchTopK" in name:
-            ae.threshold.fill_(0.8)
-        torch.save({k: v.cpu() for k, v in ae.state_dict().items()}, folder / "ae.pt")
-        trainer = {
-            "dict_class": name,
-            "activation_dim": D,
-            "dict_size": F,
-            "layer": 3,
-            "lm_name": "EleutherAI/pythia-70m-deduped",
-        }
-        trainer |= {"submodule_name": "resid_post_layer_3", **({"k": K} if "TopK" in name else {})}
-        (folder / "config.json").write_text(
-            json.dumps({"trainer": trainer, "buffer": {"d_submodule": D, "io": "out", "ctx_len": 128}})
-        )
-        expect(folder, inputs(), ae.encode(inputs()), ae(inputs()))
-    # What an interrupted run leaves: the state of training on x / norm_factor. The library's own scale_biases undoes it.
-    ae, folder = made["BatchTopKSAE"], ROOT / "dictionary_learning" / "interrupted"
-    folder.mkdir()
-    state = {k: v.clone() for k, v in ae.state_dict().items()}
-    config = {"dict_class": "BatchTopKSAE", "activation_dim": D, "dict_size": F, "k": K, "layer": 3, "lm_name": "tiny"}
-    torch.save({"step": 7, "ae": state, "optimizer": {}, "config": config, "norm_factor": 2.5}, folder / "ae.pt")
-    ae.scale_biases(2.5)
-    expect(folder, inputs(), ae.encode(inputs()), ae(inputs()))
-
-
-def sparsify() -> None:
-    """Autoencoders, a GroupMax one, and a skip transcoder."""
-    from sparsify import SparseCoder
-    from sparsify.config import SparseCoderConfig
-
-    run = ROOT / "sparsify"
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps({"model": "tiny", "ctx_len": 64, "dataset": "abc"}))
-    for name, more in (
-        ("layers.3", {}),
-        ("layers.4", {"activation": "groupmax", "k": 4}),
-        ("layers.3.mlp", {"transcode": True, "skip_connection": True}),
-    ):
-        coder = SparseCoder(D, SparseCoderConfig(**{"expansion_factor": 2, "k": K, **more}))
-        shake(coder)
-        coder.save_to_disk(run / name)
-        found = coder.encode(inputs())
-        codes = torch.zeros(N, F).scatter_(1, found.top_indices, found.top_acts)
-        expect(run / name, inputs(), codes, coder(inputs()).sae_out)
-
-
-def circuit_tracer() -> None:
-    """Cross-layer transcoders of three layers."""
-    from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
-
-    for name in ("relu", "jump_relu"):
-        clt = CrossLayerTranscoder(3, F, D, name, lazy_decoder=False, dtype=torch.float32, device=torch.device("cpu"))
-        shake(clt)
-        if name == "jump_relu":
-            clt.activation_function.threshold.copy_(torch.rand_like(clt.activation_function.threshold))
-        folder = ROOT / "clt" / name
-        clt.to_safetensors(str(folder))
-        said = 'model_name: "tiny"\nfeature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out\n'
-        (folder / "config.yaml").write_text(said)
-        x = inputs(3 * D)
-        layers = x.view(N, 3, D).transpose(0, 1)
-        codes = clt.encode(layers)
-        out = clt.decode(codes)
-        expect(folder, x, codes.transpose(0, 1).reshape(N, -1), out.transpose(0, 1).reshape(N, -1))
 
 
 if __name__ == "__main__":

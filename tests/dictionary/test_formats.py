@@ -22,8 +22,9 @@ from microtome.dictionary import (
     load_dictionary,
     save_dictionary,
 )
-from microtome.dictionary.activation import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
+from microtome.dictionary.activation import Activation, Gated, GroupMax, GroupTopK, JumpReLU, ReLU, TopK
 from microtome.dictionary.formats import log_sparsity, read_dictionary
+from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, REFUSED
 
 ORIGIN = Origin.at("tiny", "blocks.1.hook_resid_pre", context=24, dataset="abc")
 ACROSS = Origin(model_name="tiny", inputs=("blocks.1.ln2.hook_normalized",), outputs=("blocks.1.hook_mlp_out",))
@@ -56,6 +57,7 @@ def made_of(name: str, **more: object) -> Dictionary:
         "skip_transcoder": (ReLU(), skip),
         "jumprelu_skip_transcoder": (JumpReLU(number), skip),
         "microtome_groupmax": (GroupMax(4), {}),
+        "microtome_grouptopk_crosscoder": (GroupTopK(8, 4), {**plain, "origin": SEVERAL}),
         "microtome_topk_transcoder": (TopK(3), {**plain, "d_out": 6, "origin": ACROSS}),
         "microtome_gated_skip_transcoder": (Gated(number, other), skip),
         "microtome_topk_crosscoder": (TopK(3), {**plain, "origin": SEVERAL}),
@@ -69,6 +71,7 @@ KINDS = [
     *("standard", "topk", "jumprelu", "gated", "transcoder", "jumprelu_transcoder", "skip_transcoder"),
     *("jumprelu_skip_transcoder", "microtome_groupmax", "microtome_topk_transcoder", "microtome_gated_skip_transcoder"),
     *("microtome_topk_crosscoder", "microtome_standard_crosscoder"),
+    "microtome_grouptopk_crosscoder",
 ]
 
 
@@ -280,6 +283,42 @@ def test_saelens_opens_what_is_written(name: str, tmp_path: Path) -> None:
     assert theirs.cfg.metadata.hook_name == made.hook_name
     torch.testing.assert_close(theirs.encode(x), made.encode(x).to_dense(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(theirs(x), made(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("name", ["standard", "topk", "jumprelu", "gated"])
+def test_saelens_opens_input_norms(name: str, norm: str, tmp_path: Path) -> None:
+    saelens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install 'sae-lens>=6'")
+    made, x = made_of(name, input_norm=norm), x_of() * 3 + 1
+    save_dictionary(made, tmp_path)
+    theirs = saelens.saes.sae.SAE.load_from_disk(tmp_path)
+    torch.testing.assert_close(theirs.encode(x), made.encode(x).to_dense(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs(x), made(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [kind for kind in KINDS if not kind.startswith("microtome")])
+def test_saelens_opens_small_dtypes(name: str, tmp_path: Path) -> None:
+    """The cfg names the dtype of the file; computed in float32, both make the same of the rounded weights."""
+    saelens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install 'sae-lens>=6'")
+    save_dictionary(made_of(name).to(torch.bfloat16), tmp_path)
+    assert str(saelens.saes.sae.SAE.load_from_disk(tmp_path).dtype) == "torch.bfloat16"
+    theirs, ours, x = saelens.saes.sae.SAE.load_from_disk(tmp_path, dtype="float32"), load_dictionary(tmp_path), x_of()
+    torch.testing.assert_close(theirs.encode(x), ours.encode(x).to_dense(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs(x), ours(x), atol=1e-5, rtol=1e-5)
+
+
+def test_every_architecture_of_saelens_is_read_or_refused(tmp_path: Path) -> None:
+    """By name, from its registry: one that comes with a later version fails here."""
+    saelens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install 'sae-lens>=6'")
+    registry = saelens.registry
+    names = {*registry.SAE_CLASS_REGISTRY, *registry.SAE_TRAINING_CLASS_REGISTRY}
+    assert names == ACTIVATIONS.keys() | REFUSED.keys()
+    for name in REFUSED:
+        more = {"n_heads": 1, "bottleneck_factor": 1} if name == "temporal" else {"k": 3} if name == "abstopk" else {}
+        cls, config = registry.SAE_CLASS_REGISTRY[name]
+        cls(config(d_in=8, d_sae=16, **more)).save_model(tmp_path / name)
+        with pytest.raises(ArtifactError, match=f"{REFUSED[name]}. Got: architecture '{name}'"):
+            load_dictionary(tmp_path / name)
 
 
 def test_saelens_opens_heads_and_refuses_what_it_cannot_hold(tmp_path: Path) -> None:

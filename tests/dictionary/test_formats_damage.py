@@ -43,7 +43,10 @@ def change_weights(file: Path, change: Callable[[dict[str, Tensor]], object]) ->
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("topk", {"architecture": "temporal"}, "architecture 'temporal'.*standard, topk"),
+        ("topk", {"architecture": "temporal"}, "the tokens before. Got: architecture 'temporal'.*standard, topk"),
+        ("topk", {"architecture": "abstopk"}, "its codes have signs"),
+        ("topk", {"architecture": "matching_pursuit"}, "one after the other"),
+        ("topk", {"architecture": "sparsemax"}, "architecture 'sparsemax'"),
         ("standard", {"architecture": "gated"}, r"r_mag None. Expected: r_mag \(16,\)"),
         ("jumprelu", {"architecture": "jumprelu_transcoder"}, "apply_b_dec_to_input True"),
         ("topk", {"k": 17}, "k 17, d_sae 16"),
@@ -51,7 +54,8 @@ def change_weights(file: Path, change: Callable[[dict[str, Tensor]], object]) ->
         ("topk", {"k": 0}, "k 0"),
         ("topk", {"d_in": 9}, r"W_enc \(8, 16\). Expected: W_enc \(9, 16\)"),
         ("topk", {"d_sae": True}, "d_sae True"),
-        ("topk", {"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
+        ("topk", {"normalize_activations": "covariance_whitening"}, "activation_whitening.safetensors"),
+        ("topk", {"normalize_activations": "batch_norm"}, "normalize_activations 'batch_norm'"),
         ("topk", {"reshape_activations": "hook_q"}, "hook_q"),
         ("topk", {"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input 'yes'"),
         ("standard", {"normalize_activations": "expected_average_only_in"}, "norm_scaling_factor"),
@@ -106,7 +110,11 @@ def test_tensors_that_nobody_asked_for_are_named(tmp_path: Path) -> None:
 def test_a_checkpoint_of_whitened_activations(tmp_path: Path) -> None:
     folder = copy("saelens_checkpoint/standard", tmp_path)
     change_cfg(folder, "activation_scaler.json", has_whitening=True)
-    with pytest.raises(ArtifactError, match="whitened"):
+    with pytest.raises(ArtifactError, match="does not fit cfg.json. Got: has_whitening true"):
+        load_dictionary(folder)
+    folder = copy("saelens_checkpoint/whitened_standard", tmp_path)
+    change_weights(folder / "activation_whitening.safetensors", lambda t: t.pop("mean"))
+    with pytest.raises(ArtifactError, match="mean None"):
         load_dictionary(folder)
 
 
@@ -223,7 +231,7 @@ def test_dictionary_learning_configs(values: dict[str, object], message: str, tm
         ({"signed": True}, "signed codes"),
         ({"k": None}, "k None"),
         ({"k": 100}, "k 100, d_sae 16"),
-        ({"expansion_factor": 0}, "num_latents 0"),
+        ({"expansion_factor": 0}, "expansion_factor 0"),
         ({"activation": "groupmax"}, "16 latents in 3 groups"),
         ({"skip_connection": True}, "W_skip None"),
     ],

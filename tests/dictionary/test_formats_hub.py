@@ -8,8 +8,8 @@ from huggingface_hub import constants
 
 from microtome.common.errors import ArtifactError
 from microtome.dictionary import load_cross_layer_transcoder, load_dictionary
-from microtome.dictionary.formats import FORMATS, read_dictionary
-from microtome.dictionary.formats.releases import Release, releases
+from microtome.dictionary.formats import FORMATS, Hints, read_dictionary
+from microtome.dictionary.formats.releases import Release, find_release, releases
 from microtome.dictionary.formats.saelens_cfg import parse_cfg
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -108,6 +108,23 @@ def test_the_table_of_releases(name: str) -> None:
     assert release.repo.count("/") == 1
     assert release.example
     assert release.norm_scaling_factors.keys() <= release.ids.keys()
+
+
+def test_names_that_saelens_has_too_lead_to_the_same_place() -> None:
+    """Every dictionary of its table whose release is in ours: repository, folder, and the scale of its activations."""
+    pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install 'sae-lens>=6'")
+    from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor, get_pretrained_saes_directory
+
+    both = 0
+    for name, theirs in get_pretrained_saes_directory().items():
+        for id_, folder in theirs.saes_map.items():
+            ours = find_release(f"{name}/{id_}")
+            if ours is not None:
+                both += 1
+                assert (ours.repo, ours.folder) == (theirs.repo_id, folder)
+                factor = ours.hinted(Hints()).norm_scaling_factor
+                assert factor == get_norm_scaling_factor(name, id_)
+    assert both > 8_000
 
 
 def test_a_release_does_not_hide_a_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
-"""Formats whose libraries are no packages (OpenAI's, llamascopium's), from their documented layout and written-out formulas; and
-where other formats say that a dictionary belongs."""
+"""llamascopium's kinds against written-out formulas (`test_formats_reference.py` has them against its own code), and where the
+formats say that a dictionary belongs."""
 
 import json
 import math
@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 
 from microtome.common.errors import ArtifactError
 from microtome.dictionary import CrossLayerTranscoder, Dictionary, load_cross_layer_transcoder, load_dictionary
@@ -27,54 +29,6 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def largest(pre: Tensor, k: int) -> Tensor:
     kept = pre.topk(k, -1).indices
     return torch.zeros_like(pre).scatter(-1, kept, pre.gather(-1, kept).relu())
-
-
-# ---- OpenAI -------------------------------------------------------------------------------------------------------------
-
-
-def openai_state(**more: object) -> dict[str, Any]:
-    weights = {
-        "pre_bias": randn(D),
-        "encoder.weight": randn(F, D),
-        "latent_bias": randn(F),
-        "decoder.weight": randn(D, F),
-    }
-    statistics = {
-        "stats_last_nonzero": torch.zeros(F, dtype=torch.long),
-        "latents_mean_square": torch.full((F,), torch.nan),
-    }
-    return {**weights, **statistics, **more}
-
-
-@pytest.mark.parametrize("normed", [True, False], ids=["v5", "v1"])
-def test_openai(normed: bool, tmp_path: Path) -> None:
-    """TopK on the layer-normalised input, whose mean and deviation go back on the output; ReLU on the input itself."""
-    topk = {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}
-    state = openai_state(**(topk if normed else {"activation": "ReLU"}))
-    torch.save(state, tmp_path / "8.pt")
-    made, x = (
-        load_dictionary(tmp_path / "8.pt", hook_name="blocks.8.hook_resid_post", model_name="gpt2"),
-        randn(5, D) * 3 + 1,
-    )
-    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
-    rows = (x - mean) / (std + 1e-5) if normed else x
-    pre = (rows - state["pre_bias"]) @ state["encoder.weight"].T + state["latent_bias"]
-    codes = largest(pre, K) if normed else pre.relu()
-    out = codes @ state["decoder.weight"].T + state["pre_bias"]
-    torch.testing.assert_close(made.encode(x).to_dense(), codes)
-    torch.testing.assert_close(made(x), out * std + mean if normed else out)
-    assert (made.hook_name, made.architecture) == ("blocks.8.hook_resid_post", "topk" if normed else "standard")
-    assert load_dictionary(tmp_path).fingerprint == made.fingerprint
-    assert "give hook_name" in read_dictionary(tmp_path).notes[-1]
-
-
-@pytest.mark.parametrize(
-    "state", [{"k": K, "postact_fn": "Identity"}, {"postact_fn": "ReLU"}, {}], ids=["signed", "no-k", "none"]
-)
-def test_openai_kinds_that_cannot_be_read(state: dict[str, object], tmp_path: Path) -> None:
-    torch.save(openai_state(activation="TopK", activation_state_dict=state), tmp_path / "8.pt")
-    with pytest.raises(ArtifactError, match="activation 'TopK'"):
-        load_dictionary(tmp_path)
 
 
 # ---- llamascopium ---------------------------------------------------------------------------------------------------------
@@ -137,13 +91,13 @@ def test_llamascopium_token_wise(tmp_path: Path) -> None:
     torch.testing.assert_close(made(x), out / scale)
 
 
-@pytest.mark.parametrize("act", ["relu", "jumprelu"])
+@pytest.mark.parametrize("act", ["relu", "jumprelu", "topk"])
 def test_llamascopium_crosscoder(act: str, tmp_path: Path) -> None:
     """Every point adds to one pre-activation; each has its own gate by its own decoder norm, and its own mean norm."""
     t = {"W_E": randn(H, D, F), "b_E": randn(H, F), "W_D": randn(H, F, D), "b_D": randn(H, D)}
     means = torch.tensor([1.0, 2.0, 5.0])
     norms = {f"dataset_average_activation_norm.{point}": mean for point, mean in zip(POINTS, means, strict=True)}
-    config = {"act_fn": act, "norm_activation": "dataset-wise", "hook_points": POINTS}
+    config = {"act_fn": act, "norm_activation": "dataset-wise", "hook_points": POINTS, "top_k": K}
     folder = llamascopium(tmp_path, "crosscoder", {**t, **norms, **(LOG if act == "jumprelu" else {})}, **config)
     made, x = load_dictionary(folder), randn(7, H * D)
     scale = (math.sqrt(D) / means)[:, None]
@@ -151,7 +105,9 @@ def test_llamascopium_crosscoder(act: str, tmp_path: Path) -> None:
     pre = torch.einsum("nhd,hdf->nf", rows, t["W_E"]) + t["b_E"].sum(0)
     gated = pre[:, None] * t["W_D"].norm(dim=2)
     theta = LOG["activation_function.log_jumprelu_threshold"].exp()
-    f = (gated.relu() if act == "relu" else gated * (gated > theta)) / t["W_D"].norm(dim=2)
+    f = {"relu": gated.relu(), "jumprelu": gated * (gated > theta), "topk": largest(gated, K)}[act] / t["W_D"].norm(
+        dim=2
+    )
     out = (torch.einsum("nhf,hfd->nhd", f, t["W_D"]) + t["b_D"]) / scale
     torch.testing.assert_close(made(x), out.flatten(1))
     assert made.d_sae == (F if act == "relu" else H * F)
@@ -166,7 +122,7 @@ def clt_tensors() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("act", "by_norm"), [("relu", True), ("jumprelu", True), ("topk", False), ("layertopk", False)]
+    ("act", "by_norm"), [("relu", True), ("jumprelu", True), ("topk", False), ("topk", True), ("layertopk", False)]
 )
 def test_llamascopium_cross_layer(act: str, by_norm: bool, tmp_path: Path) -> None:
     """W_D.j holds what layers 0 … j write to layer j."""
@@ -179,14 +135,16 @@ def test_llamascopium_cross_layer(act: str, by_norm: bool, tmp_path: Path) -> No
     pre = torch.einsum("nld,ldf->nlf", x.view(7, H, D), t["W_E"]) + t["b_E"]
     squares = [sum((t[f"W_D.{j}"][i] ** 2).sum(-1) for j in range(i, H)) for i in range(H)]
     norms = torch.stack([torch.as_tensor(square) for square in squares]).sqrt()
+    gate = norms if by_norm else torch.ones_like(norms)
     f = {
         "relu": pre.relu(),
         "jumprelu": pre * (pre * norms > log.exp()),
-        "topk": largest(pre, K),
+        "topk": largest(pre * gate, K) / gate,
         "layertopk": largest(pre.flatten(1), K).view(7, H, F),
     }[act]
     out = [sum(f[:, i] @ t[f"W_D.{j}"][i] for i in range(j + 1)) + t[f"b_D.{j}"] for j in range(H)]
-    torch.testing.assert_close(made.encode(x).to_dense(), f.flatten(1))
+    folded = gate if act == "topk" else 1
+    torch.testing.assert_close(made.encode(x).to_dense(), (f * folded).flatten(1))
     torch.testing.assert_close(made(x), torch.cat(out, 1))
     assert isinstance(made, CrossLayerTranscoder)
 
@@ -210,14 +168,45 @@ def test_llamascopium_kinds_that_cannot_be_read(
         load_dictionary(llamascopium(tmp_path, kind, sae_tensors(), **{**SAME, **config}))
 
 
+def test_points_with_one_gate_share_their_latents(tmp_path: Path) -> None:
+    """Decoder norms that are the same at every point open the same gates, so that a feature is one latent."""
+    t = {"W_E": randn(H, D, F), "b_E": randn(H, F), "W_D": randn(1, F, D).repeat(H, 1, 1), "b_D": randn(H, D)}
+    folder = llamascopium(tmp_path, "crosscoder", t, act_fn="topk", top_k=K, hook_points=POINTS)
+    made = load_dictionary(folder)
+    assert (made.d_sae, made.architecture, made.k) == (F, "topk", K)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning", "ignore:.*:FutureWarning")
 def test_llamascopium_pickles_and_distributed_checkpoints(tmp_path: Path) -> None:
-    made = load_dictionary(llamascopium(tmp_path, "sae", sae_tensors(), **SAME))
-    (tmp_path / "sae_weights.safetensors").unlink()
-    (tmp_path / "sae_weights.dcp").mkdir()
-    with pytest.raises(ArtifactError, match="dcp"):
+    """The command that the refusal gives makes a file that is read."""
+    config = {"norm_activation": "dataset-wise", **SAME}
+    tensors = {**sae_tensors(), f"dataset_average_activation_norm.{POINTS[1]}": torch.tensor(2.5)}
+    made = load_dictionary(llamascopium(tmp_path, "sae", tensors, **config))
+    (tmp_path / "sae_weights.safetensors").rename(tmp_path / "kept.safetensors")
+    with pytest.raises(ArtifactError, match="has no weights. Got: none. Expected: sae_weights.safetensors or"):
         load_dictionary(tmp_path)
-    torch.save({"sae": sae_tensors(), "version": "1"}, tmp_path / "sae_weights.pt")
+    save_checkpoint(tensors, checkpoint_id=tmp_path / "sae_weights.dcp", no_dist=True)
+    with pytest.raises(ArtifactError, match="a distributed checkpoint, which is not read here.*pickle") as raised:
+        load_dictionary(tmp_path)
+    command = str(raised.value).partition("python -m ")[2].split()
+    assert command[:2] == ["torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
+    dcp_to_torch_save(tmp_path / command[2], tmp_path / command[3].rstrip("."))
     assert load_dictionary(tmp_path).fingerprint == made.fingerprint
+    torch.save({"sae": tensors, "version": "1"}, tmp_path / "sae_weights.pt")
+    assert load_dictionary(tmp_path).fingerprint == made.fingerprint
+
+
+def test_the_order_of_llamascopiums_weights_and_its_sizes(tmp_path: Path) -> None:
+    """Pruned weights come before the final ones, and d_model · expansion_factor is cut to a whole number, as its own code does."""
+    made = load_dictionary(llamascopium(tmp_path, "sae", sae_tensors(), expansion_factor=1.8, **SAME))  # 10.8
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "sae_weights.safetensors").rename(tmp_path / "checkpoints/pruned.safetensors")
+    save_file({**sae_tensors(), "b_D": torch.zeros(D)}, tmp_path / "checkpoints/final.safetensors")
+    (tmp_path / "lm_config.json").write_text(json.dumps({"model_name": "pythia-70m", "prepend_bos": False}))
+    again = load_dictionary(tmp_path)
+    assert again.fingerprint == made.fingerprint
+    assert (made.model_name, again.model_name) == ("unknown", "EleutherAI/pythia-70m")
+    assert not again.origin.prepend_bos
 
 
 # ---- where a dictionary belongs -------------------------------------------------------------------------------------------
@@ -232,6 +221,10 @@ def test_llamascopium_pickles_and_distributed_checkpoints(tmp_path: Path) -> Non
         ("dictionary_learning/interrupted", "tiny", "unknown", None),
         ("sparsify/layers.3", "tiny", "blocks.3.hook_resid_post", None),
         ("sparsify/layers.3.mlp", "tiny", "blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"),
+        ("sparsify/layers.6/seed1", "tiny", "blocks.6.hook_resid_post", None),
+        ("dictionary_learning/trained_PAnneal", "tiny", "blocks.3.hook_resid_post", None),
+        ("dictionary_learning/trained_BatchTopK/checkpoints/ae_2.pt", "tiny", "blocks.3.hook_resid_post", None),
+        ("llamascopium/transcoder", "tiny", "blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_out"),
         *(
             (f"gemma-scope-2b-pt-{name}/layer_3/width_16k/average_l0_5", "google/gemma-2-2b", *points)
             for name, points in (

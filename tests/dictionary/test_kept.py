@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from microtome.common.errors import ConfigError
 from microtome.dictionary import Dictionary, Origin, SparseCodes
-from microtome.dictionary.activation import Activation, GroupMax, TopK
+from microtome.dictionary.activation import Activation, GroupMax, GroupTopK, TopK
 from microtome.dictionary.architectures import make_rule
 from microtome.dictionary.config import (
     BatchTopKConfig,
@@ -261,9 +261,19 @@ def test_a_config_comes_back_from_its_description(config: TopKConfig) -> None:
 
 @pytest.mark.parametrize(
     ("activation", "message"),
-    [(TopK(9), "k must be at most"), (GroupMax(3), "8 latents in 3 groups")],
-    ids=["topk", "groupmax"],
+    [
+        (TopK(9), "k must be at most"),
+        (GroupMax(3), "8 latents in 3 groups"),
+        (GroupTopK(6, 3), "8 latents in 3 groups"),
+        (GroupTopK(10, 2), "k must be at most"),
+    ],
+    ids=["topk", "groupmax", "grouptopk", "grouptopk-k"],
 )
 def test_activations_that_do_not_fit_the_dictionary(activation: Activation, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Dictionary(4, 8, activation, origin=Origin.at("tiny", "blocks.0.hook_resid_pre"))
+
+
+def test_groups_that_keep_unequally_many() -> None:
+    with pytest.raises(ConfigError, match="Each group keeps equally many. Got: k 4, 3 groups"):
+        GroupTopK(4, 3)

@@ -7,6 +7,7 @@ numbers so that `c · pre` gives `c · f`, which is what folds input scales and 
 |------------|-----------------------------------------------------------|------------------------------------------|
 | `ReLU`     | ReLU(pre)                                                 | Bricken et al. 2023                      |
 | `TopK`     | ReLU of the k largest                                     | Gao et al. 2024, arXiv 2406.04093, §2.3  |
+| `GroupTopK`| ReLU of the k / G largest of each of G groups of neighbours | llamascopium's crosscoders             |
 | `GroupMax` | ReLU of the largest of each of k groups of neighbours     | sparsify                                 |
 | `JumpReLU` | pre · 1[pre > θ] · 1[pre > 0]                             | Rajamanoharan et al. 2024, 2407.14435    |
 | `Gated`    | 1[π > 0] · ReLU(e^r ⊙ (π − b_gate) + b_mag), π = pre      | Rajamanoharan et al. 2024, 2404.16014    |
@@ -73,6 +74,32 @@ class TopK(Activation):
         return SparseCodes(indices, pre.gather(1, indices).relu(), pre.shape[1])
 
     def check(self, d_sae: int) -> None:
+        require(self.k <= d_sae, "k must be at most d_sae", got=f"k {self.k}, d_sae {d_sae}")
+
+
+class GroupTopK(Activation):
+    """The k / groups largest pre-activations of each of `groups` runs of neighbouring latents, those below zero set to zero."""
+
+    name = "grouptopk"
+
+    def __init__(self, k: int, groups: int) -> None:
+        super().__init__()
+        require(
+            groups > 0 and k > 0 and k % groups == 0, "Each group keeps equally many", got=f"k {k}, {groups} groups"
+        )
+        self.k, self.groups = k, groups
+
+    def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
+        n, d_sae = pre.shape
+        width = d_sae // self.groups
+        within = top_k(pre.reshape(n * self.groups, width), self.k // self.groups).view(n, self.groups, -1)
+        starts = torch.arange(self.groups, device=pre.device)[:, None] * width
+        indices = (within + starts).flatten(1)
+        return SparseCodes(indices, pre.gather(1, indices).relu(), d_sae)
+
+    def check(self, d_sae: int) -> None:
+        got = f"{d_sae} latents in {self.groups} groups"
+        require(d_sae % self.groups == 0, "The groups must be equally large", got=got)
         require(self.k <= d_sae, "k must be at most d_sae", got=f"k {self.k}, d_sae {d_sae}")
 
 

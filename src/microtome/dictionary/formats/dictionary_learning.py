@@ -1,9 +1,11 @@
-"""dictionary_learning: `ae.pt`, a pickle that is read with `weights_only`, and `config.json` with `trainer` and `buffer`.
+"""dictionary_learning: `ae.pt` (in training `checkpoints/ae_1000.pt`), a pickle that is read with `weights_only`, and
+`config.json` with `trainer` and `buffer`.
 
 The class that made it (`trainer.dict_class`) says what the tensors mean. nn.Linear classes keep encoder.weight [F, d]
 and decoder.weight [d, F], the others W_enc [d, F] and W_dec [F, d]. Read from dictionary_learning 0.1.0.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model, of_submodule
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
 from microtome.dictionary.formats.tensors import TensorFile, only_tensors, read_pickle
+from microtome.dictionary.formats.values import damaged, is_whole, table
 
 WEIGHTS, CONFIG, NAME = "ae.pt", "config.json", "dictionary_learning"
 # The name of the decoder's bias in each class, and whether it is taken from the input.
@@ -30,40 +33,43 @@ CLASSES = {
 }
 
 
-def detect(folder: Path) -> bool:
-    """A folder with `ae.pt`."""
-    return (folder / WEIGHTS).is_file()
+def detect(path: Path) -> bool:
+    """A folder with `ae.pt`, or a file of a run's `checkpoints`."""
+    return (path / WEIGHTS).is_file() or (path.is_file() and re.fullmatch(r"ae_\d+\.pt", path.name) is not None)
 
 
-def read(folder: Path, hints: Hints) -> Reading:
+def read(path: Path, hints: Hints) -> Reading:
     """A dictionary of any of the library's classes; of a run that was interrupted, its state."""
-    values = read_pickle(folder / WEIGHTS)
+    weights = path if path.is_file() else path / WEIGHTS
+    values = read_pickle(weights)
+    folder = next((each for each in weights.parents[:2] if (each / CONFIG).is_file()), weights.parent)
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     factor, notes = 1.0, []
     if isinstance(values.get("ae"), dict):
         notes.append(f"of a run that was interrupted at step {values.get('step')}")
         config = {**({"trainer": values["config"]} if isinstance(values.get("config"), dict) else {}), **config}
-        factor = float(values.get("norm_factor") or 1.0)
+        factor = _factor(weights, values)
         values = values["ae"]
         if factor != 1.0:
             notes.append(f"trained on activations over {factor:.6g}: its biases and thresholds were multiplied by that")
-    trainer = config.get("trainer") or {}
-    cls = _class(folder, trainer)
-    file = TensorFile(folder / WEIGHTS, only_tensors(values), f"{CONFIG} ({cls})")
+    trainer, buffer = (table(folder / CONFIG, config, key) for key in ("trainer", "buffer"))
+    tensors = only_tensors(values)
+    cls = _class(folder, trainer, tensors, notes)
+    file = TensorFile(weights, tensors, f"{CONFIG} ({cls})")
     W_enc, W_dec = _matrices(file)
     (d_in, d_sae), bias = W_enc.shape, CLASSES[cls][0]
     for key, size in (("activation_dim", d_in), ("dict_size", d_sae)):
         if trainer.get(key, size) != size:
             raise file.misfit(f"{key} {size}", f"{key} {trainer[key]}")
     activation, b_enc = _activation(folder, cls, file, trainer, d_sae)
-    origin = _origin(trainer, config.get("buffer") or {})
-    if (config.get("buffer") or {}).get("io") == "in_and_out":
+    origin = _origin(trainer, buffer)
+    if buffer.get("io") == "in_and_out":
         raise ArtifactError(f"The dictionary at {folder} is a transcoder, which dictionary_learning never finished")
     if origin.inputs[0] == UNKNOWN and hints.hook_name is None:
         notes.append("the config does not name the hook point: give hook_name")
     activation.scale_(W_enc.new_tensor(factor))
     made = build(
-        folder,
+        path,
         hints.applied(origin),
         activation,
         Weights(
@@ -80,15 +86,30 @@ def read(folder: Path, hints: Hints) -> Reading:
 FORMAT = Format(name=NAME, looks=f"{WEIGHTS} and {CONFIG}", detect=detect, read=read)
 
 
-def _class(folder: Path, trainer: dict[str, Any]) -> str:
+def _class(folder: Path, trainer: dict[str, Any], tensors: dict[str, Tensor], notes: list[str]) -> str:
     cls = trainer.get("dict_class")
-    if cls not in CLASSES:
+    # This trainer writes the name of its default class, whatever class it was given.
+    april = (cls, trainer.get("trainer_class")) == ("AutoEncoder", "StandardTrainerAprilUpdate")
+    if april and "decoder.bias" in tensors and "bias" not in tensors:
+        notes.append("its config says AutoEncoder, as this trainer always does; its tensors are an AutoEncoderNew's")
+        return "AutoEncoderNew"
+    if not isinstance(cls, str) or cls not in CLASSES:
         raise ArtifactError(
             f"{folder / CONFIG} does not name a class that can be read",
             got=f"trainer.dict_class {cls!r}",
             expected=f"one of {', '.join(CLASSES)}",
         )
-    return str(cls)
+    return cls
+
+
+def _factor(file: Path, values: dict[str, Any]) -> float:
+    """What the activations of an interrupted run were divided by."""
+    factor = values.get("norm_factor", 1.0)
+    if factor is None:
+        return 1.0
+    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+        raise damaged(file, "norm_factor", factor, "a positive number")
+    return float(factor)
 
 
 def _matrices(file: TensorFile) -> tuple[Tensor, Tensor]:
@@ -127,9 +148,9 @@ def _activation(
 
 
 def _k(file: TensorFile, trainer: dict[str, Any]) -> int:
-    inside = int(file.tensors["k"]) if "k" in file else None
+    inside = int(file.tensors["k"]) if "k" in file and file.tensors["k"].numel() == 1 else None
     said = trainer.get("k", inside)
-    if not isinstance(said, int) or said < 1 or inside not in (None, said):
+    if not is_whole(said) or inside not in (None, said):
         raise file.misfit(f"k {inside} in the weights", f"k {said!r}")
     return said
 

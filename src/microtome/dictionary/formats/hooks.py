@@ -65,4 +65,4 @@ def into_module(name: str) -> str:
 def of_submodule(name: object, layer: object) -> str:
     """From dictionary_learning's `submodule_name` ("resid_post_layer_3") and `layer`; `unknown` when it says neither."""
     match = _SUBMODULE.search(str(name or ""))
-    return f"blocks.{layer}.hook_{match[1]}" if match and isinstance(layer, int) else UNKNOWN
+    return f"blocks.{layer}.hook_{match[1]}" if match and type(layer) is int else UNKNOWN

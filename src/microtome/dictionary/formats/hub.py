@@ -13,6 +13,7 @@ from microtome.model.hub import hub_in_reach
 
 HUB = "hf://"
 _WEIGHTS = ("*.safetensors", "*.npz", "*.pt")
+_NEVER = ["*examples.safetensors"]  # Gemma Scope 2's texts, larger than its weights
 
 
 def fetch(address: str) -> Path:
@@ -37,7 +38,7 @@ def fetch(address: str) -> Path:
             f"{address} is not on this disk, and the hub cannot be reached", fix="Connect, or give a local folder"
         )
     try:
-        root = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        root = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns, ignore_patterns=_NEVER))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ArtifactError(f"{address} could not be fetched: {str(error).splitlines()[0]}") from error
     if not (root / inside).exists():

@@ -18,6 +18,7 @@ from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.formats.dictionary_learning import FORMAT as DICTIONARY_LEARNING
 from microtome.dictionary.formats.gemma_scope import FORMAT as GEMMA_SCOPE
+from microtome.dictionary.formats.gemma_scope_2 import FORMAT as GEMMA_SCOPE_2
 from microtome.dictionary.formats.hub import HUB, fetch
 from microtome.dictionary.formats.llama_scope import FORMAT as LLAMA_SCOPE
 from microtome.dictionary.formats.llamascopium import FORMAT as LLAMASCOPIUM
@@ -37,6 +38,7 @@ FORMATS: Mapping[str, Format] = {
         DICTIONARY_LEARNING,
         SPARSIFY,
         GEMMA_SCOPE,
+        GEMMA_SCOPE_2,
         OPENAI,
         LLAMASCOPIUM,
         LLAMA_SCOPE,
@@ -186,6 +188,8 @@ def _unit(path: Path) -> Path:
     names = {
         "ae.pt",
         "params.npz",
+        "params.safetensors",
+        "params_layer_0.safetensors",
         "sae.safetensors",
         "sae_weights.safetensors",
         "sae_weights.pt",

@@ -58,6 +58,8 @@ def read(folder: Path, hints: Hints) -> Reading:
         ),
     )
     made = build_cross_layer(folder, origin, _activation(folder, thresholds), weights)
+    for file in files:
+        file.refuse("W_skip", "threshold")
     left = leftover([name for file in files for name in file.left])
     return Reading(dictionary=made, format=NAME, notes=(*notes, *left))
 
@@ -88,6 +90,10 @@ def _config(folder: Path) -> tuple[dict[str, str], list[str]]:
     file = folder / CONFIG
     if not file.is_file():
         return {}, [f"no {CONFIG}: the points are taken to be {READS} and {WRITES}"]
-    pairs = [line.split("#")[0].partition(":") for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{file} is damaged: {error}") from error
+    pairs = [line.split("#")[0].partition(":") for line in lines]
     said = {key.strip(): value.strip().strip("\"'") for key, _, value in pairs if not key.startswith((" ", "-"))}
     return {key: value for key, value in said.items() if value}, []

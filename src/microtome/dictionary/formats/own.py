@@ -5,16 +5,16 @@ says all that the tensors do not. They are called as the parameters of the class
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from microtome.common.artifacts import read_json
 from microtome.common.config import from_dict, to_dict
 from microtome.common.errors import ArtifactError, ConfigError
-from microtome.dictionary.activation import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
+from microtome.dictionary.activation import Activation, Gated, GroupMax, GroupTopK, JumpReLU, ReLU, TopK
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
-from microtome.dictionary.dictionary import Dictionary, Origin
+from microtome.dictionary.dictionary import Dictionary, InputNorm, Origin
 from microtome.dictionary.formats.reading import (
     AnyDictionary,
     Format,
@@ -27,6 +27,7 @@ from microtome.dictionary.formats.reading import (
 )
 from microtome.dictionary.formats.saelens_cfg import CFG
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
+from microtome.dictionary.formats.values import damaged, table, whole
 
 KEY, NAME, VERSION = "microtome", "microtome", 1
 WEIGHTS = "sae_weights.safetensors"
@@ -80,8 +81,10 @@ def read(folder: Path, hints: Hints) -> Reading:
         raise ArtifactError(f"{folder / CFG} has another format version", got=got, expected=VERSION)
     file = TensorFile(folder / WEIGHTS, read_safetensors(folder / WEIGHTS), CFG)
     try:
-        origin = from_dict(Origin, facts["origin"])
-        kinds = list(facts["activations"])
+        origin = from_dict(Origin, table(folder / CFG, facts, "origin"))
+        kinds = facts["activations"]
+        if not isinstance(kinds, list) or not all(isinstance(kind, dict) for kind in kinds):
+            raise damaged(folder / CFG, "activations", kinds, "a list of objects")
         first = kinds[0]
         made: AnyDictionary
         if facts["kind"] == "cross_layer_transcoder":
@@ -90,6 +93,7 @@ def read(folder: Path, hints: Hints) -> Reading:
             made = _dictionary(folder, file, origin, first, cfg, facts)
     except (LookupError, TypeError, ConfigError) as error:
         raise ArtifactError(f"{folder / CFG} is damaged: {error}") from error
+    file.refuse("threshold", "r_mag", "b_mag", "W_skip", "activations.")
     made.origin = hints.applied(origin)
     return Reading(dictionary=made, format=NAME, notes=leftover(file.left))
 
@@ -103,8 +107,8 @@ FORMAT = Format(
 
 
 def _describe(activation: Activation) -> dict[str, Any]:
-    k = getattr(activation, "k", None)
-    return {"name": activation.name, **({"k": k} if k is not None else {})}
+    numbers = {key: getattr(activation, key) for key in ("k", "groups") if hasattr(activation, key)}
+    return {"name": activation.name, **numbers}
 
 
 def _activation(file: TensorFile, said: dict[str, Any], prefix: str, d_sae: int) -> Activation:
@@ -114,14 +118,16 @@ def _activation(file: TensorFile, said: dict[str, Any], prefix: str, d_sae: int)
         case "relu":
             return ReLU()
         case "topk":
-            return TopK(said["k"])
+            return TopK(whole(file.file, said, "k"))
+        case "grouptopk":
+            return GroupTopK(whole(file.file, said, "k"), whole(file.file, said, "groups"))
         case "groupmax":
-            return GroupMax(said["k"])
+            return GroupMax(whole(file.file, said, "k"))
         case "jumprelu":
             return JumpReLU(*tensors)
         case "gated":
             return Gated(*tensors)
-    raise ConfigError("Unknown activation", got=name, expected="relu, topk, groupmax, jumprelu or gated")
+    raise ConfigError("Unknown activation", got=name, expected="relu, topk, grouptopk, groupmax, jumprelu or gated")
 
 
 def _dictionary(
@@ -132,7 +138,10 @@ def _dictionary(
     cfg: dict[str, Any],
     facts: dict[str, Any],
 ) -> Dictionary:
-    d_in, d_out, d_sae = cfg["d_in"], cfg["d_out"], cfg["d_sae"]
+    d_in, d_out, d_sae = (whole(folder / CFG, cfg, key) for key in ("d_in", "d_out", "d_sae"))
+    for key, known in (("center", (True, False)), ("skip", (True, False)), ("input_norm", get_args(InputNorm))):
+        if facts[key] not in known or isinstance(facts[key], bool) != isinstance(known[0], bool):
+            raise damaged(folder / CFG, key, facts[key], f"one of {', '.join(map(str, known))}")
     return build(
         folder,
         origin,

@@ -88,6 +88,12 @@ def build(
     Raises ArtifactError when they do not fit each other, hold NaN, or the activation does not fit them.
     """
     (d_in, d_sae), d_out = weights.W_enc.shape, weights.W_dec.shape[1]
+    if d_in != d_out and origin.inputs == origin.outputs and UNKNOWN not in origin.inputs:
+        raise ArtifactError(
+            f"The weights at {where} do not fit each other",
+            got=f"{d_in} inputs, {d_out} outputs",
+            expected="an autoencoder's",
+        )
     if input_norm != "none" and (origin.inputs != origin.outputs or len(origin.inputs) > 1):
         raise ArtifactError(
             f"The dictionary at {where} normalises its input in a way that only an autoencoder of one point can",
@@ -183,11 +189,29 @@ def fold_centering(made: Dictionary) -> None:
     before = made.encoder @ made.b_dec if made.center else torch.zeros_like(made.b_enc)
     made.encoder.sub_(made.encoder.mean(1, keepdim=True))
     after = made.encoder @ made.b_dec if made.center else before
-    shift = after - before
+    _shift(made, after - before)
+
+
+@torch.no_grad()
+def fold_whitening(
+    made: Dictionary,
+    mean: Float[Tensor, " d_in"],
+    matrix: Float[Tensor, "d_in d_in"],
+    inverse: Float[Tensor, "d_in d_in"],
+) -> None:
+    """Make an autoencoder that was trained on z = (x − mean) M, and gave x̂ = ẑ M⁻¹ + mean, work on x itself."""
+    made.encoder.copy_(made.encoder @ matrix.T)
+    if not made.center:  # else the new b_dec takes the mean away
+        _shift(made, -(made.encoder @ mean))
+    made.W_dec.copy_(made.W_dec @ inverse)
+    made.b_dec.copy_(made.b_dec @ inverse + mean)
+
+
+def _shift(made: Dictionary, shift: Float[Tensor, " d_sae"]) -> None:
+    """Add to every bias of the encoder: the magnitude path of a gated dictionary has one of its own beside the shared product."""
     made.b_enc.add_(shift)
     b_mag = getattr(made.activation, "b_mag", None)
     if b_mag is not None:
-        # The magnitude path of a gated dictionary has a bias of its own beside the shared product.
         b_mag.add_(shift * made.activation.get_parameter("r_mag").exp())
 
 

@@ -13,7 +13,10 @@ from microtome.dictionary.formats.reading import Hints
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """One release. `ids` maps the names of its dictionaries to folders, where these differ; `example` is one of them."""
+    """One release. `ids` maps the names of its dictionaries to folders, where these differ; `example` is one of them.
+
+    `sets` names parts of a repository that are releases of their own elsewhere: with "res": "resid_post", the dictionary
+    `release-res/id` is in the folder `resid_post/id`."""
 
     repo: str
     format: str
@@ -21,6 +24,7 @@ class Release:
     example: str
     notes: tuple[str, ...] = ()
     ids: Mapping[str, str] = field(default_factory=dict)
+    sets: Mapping[str, str] = field(default_factory=dict)
     centered: bool = False
     norm_scaling_factors: Mapping[str, float] = field(default_factory=dict)
     uncertain: tuple[str, ...] = ()
@@ -29,10 +33,11 @@ class Release:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """One dictionary of a release."""
+    """One dictionary of a release, in the folder `inside`."""
 
     release: Release
     id: str
+    inside: str = ""
 
     @property
     def repo(self) -> str:
@@ -44,7 +49,8 @@ class Found:
 
     @property
     def folder(self) -> str:
-        return self.release.ids.get(self.id, self.id)
+        folder = self.release.ids.get(self.id, self.id)
+        return folder if not self.inside or folder.startswith(f"{self.inside}/") else f"{self.inside}/{folder}"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -70,12 +76,14 @@ def releases() -> Mapping[str, Release]:
 
 def find_release(name: str) -> Found | None:
     """The dictionary `release/id`; None when `name` begins with no release. Raises ArtifactError for a release without id."""
-    release, _, inside = name.partition("/")
-    if release not in releases():
-        return None
-    found = releases()[release]
-    if not inside:
-        raise ArtifactError(
-            f"{release} is a release of many dictionaries", fix=f"Name one, for example {release}/{found.example}"
-        )
-    return Found(release=found, id=inside)
+    start, _, inside = name.partition("/")
+    for release, found in releases().items():
+        for suffix, folder in ({"": ""} | {f"-{part}": place for part, place in found.sets.items()}).items():
+            if start != release + suffix:
+                continue
+            if not inside:
+                example = found.example if not suffix else found.example.rpartition("/")[2]
+                fix = f"Name one, for example {start}/{example}"
+                raise ArtifactError(f"{start} is a release of many dictionaries", fix=fix)
+            return Found(release=found, id=inside, inside=folder)
+    return None

@@ -1,7 +1,8 @@
 """SAELens: `cfg.json` and `sae_weights.safetensors`. Version 6, what came before, and the checkpoints of its training.
 
 What SAELens does around the encoder is folded into the weights, in its own order: the scale of the activations
-(`expected_average_only_in`), then the decoder norms where latents are chosen by them. Read from SAELens 6.54.
+(`expected_average_only_in`), then the decoder norms where latents are chosen by them, then their whitening
+(`covariance_whitening`). Read from SAELens 6.54.
 """
 
 from pathlib import Path
@@ -24,12 +25,13 @@ from microtome.dictionary.formats.reading import (
     build,
     fold_centering,
     fold_selection_norms,
+    fold_whitening,
     leftover,
 )
 from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, CFG, SaeLensCfg, parse_cfg
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
 
-SPARSITY, SCALER = "sparsity.safetensors", "activation_scaler.json"
+SPARSITY, SCALER, WHITENING = "sparsity.safetensors", "activation_scaler.json", "activation_whitening.safetensors"
 NAME = "saelens"
 
 
@@ -50,6 +52,7 @@ def read(folder: Path, hints: Hints) -> Reading:
     W_dec = _finetuning(folder, cfg, file, W_dec, notes)
     scale = _scale(folder, cfg, hints, notes)
     activation, b_enc = _activation(cfg, file, W_dec, scale)
+    file.refuse("threshold", "log_threshold", "topk_threshold", "r_mag", "b_mag", "b_gate", "W_skip", "attn_layers")
     norm = cfg.normalize if cfg.normalize in ("layer_norm", "constant_norm_rescale") else "none"
     made = build(
         folder,
@@ -68,6 +71,8 @@ def read(folder: Path, hints: Hints) -> Reading:
     if cfg.rescale:
         fold_selection_norms(made)
         notes.append("latents are chosen by pre · ‖W_dec‖: the decoder norms were folded, each row has norm one")
+    if cfg.normalize == "covariance_whitening":
+        _whitening(made, folder, cfg.d_in, notes)
     _centering(made, cfg, hints, notes)
     return Reading(dictionary=made, format=NAME, notes=(*notes, *leftover(file.left)))
 
@@ -123,9 +128,7 @@ def _scale(folder: Path, cfg: SaeLensCfg, hints: Hints, notes: list[str]) -> flo
     if factor is None and scaler.is_file():
         saved = read_json(scaler)
         if saved.get("has_whitening"):
-            raise ArtifactError(
-                f"The checkpoint at {folder} was trained on whitened activations, which is not read here"
-            )
+            raise ArtifactError(f"{scaler} does not fit {CFG}", got="has_whitening true", expected=cfg.normalize)
         factor = saved.get("scaling_factor")
         notes.append("a checkpoint of training: its activation scale was folded into the weights")
     if not isinstance(factor, int | float) or factor <= 0:
@@ -137,6 +140,21 @@ def _scale(folder: Path, cfg: SaeLensCfg, hints: Hints, notes: list[str]) -> flo
         )
     notes.append(f"trained on activations times {factor:.6g}, which was folded into the weights")
     return float(factor)
+
+
+def _whitening(made: Dictionary, folder: Path, d_in: int, notes: list[str]) -> None:
+    """Fold in the affine map before the encoder, which only checkpoints have beside them."""
+    if not (folder / WHITENING).is_file():
+        raise ArtifactError(
+            f"The dictionary at {folder} was trained on whitened activations, and the whitening is not in its files",
+            got="normalize_activations 'covariance_whitening'",
+            expected=WHITENING,
+            fix="Take the dictionary that SAELens wrote at the end of training, which has it in its weights",
+        )
+    file = TensorFile(folder / WHITENING, read_safetensors(folder / WHITENING), CFG)
+    mean, matrix = file.take("mean", d_in), file.take("matrix", d_in, d_in)
+    fold_whitening(made, mean, matrix, file.take("inverse_matrix", d_in, d_in))
+    notes.append("a checkpoint of training: the whitening of its activations was folded into the weights")
 
 
 def _finetuning(folder: Path, cfg: SaeLensCfg, file: TensorFile, W_dec: Tensor, notes: list[str]) -> Tensor:

@@ -13,6 +13,7 @@ from microtome.common.errors import ArtifactError
 from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model
 from microtome.dictionary.formats.reading import UNKNOWN
+from microtome.dictionary.formats.values import damaged, table, text, whole
 
 CFG = "cfg.json"
 RENAMED = {
@@ -34,7 +35,13 @@ ACTIVATIONS = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
+# What no activation of Microtome computes, and why.
+REFUSED = {
+    "abstopk": "its codes have signs",
+    "matching_pursuit": "its codes are found one after the other, each from what the ones before it left",
+    "temporal": "its codes depend on the tokens before",
+}
+NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +66,17 @@ class SaeLensCfg:
 
 def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
     """Read a cfg.json. Raises ArtifactError for a kind that cannot be read and for values that cannot be."""
-    legacy = _is_legacy(cfg)
-    flat = _modern(cfg) if legacy else dict(cfg)
-    metadata = flat if legacy else dict(flat.get("metadata") or {})
+    file, apart = folder / CFG, table(folder / CFG, cfg, "metadata")
+    legacy = _is_legacy(cfg, apart)
+    flat = _modern(file, cfg) if legacy else dict(cfg)
+    metadata = flat if legacy else apart
     architecture = flat.get("architecture")
+    if isinstance(architecture, str) and architecture in REFUSED:
+        raise ArtifactError(
+            f"The dictionary at {folder} is of a kind that cannot be read: {REFUSED[architecture]}",
+            got=f"architecture {architecture!r}",
+            expected=f"one of {', '.join(ACTIVATIONS)}",
+        )
     _one_of(folder, "architecture", architecture, tuple(ACTIVATIONS))
     normalize = flat.get("normalize_activations") or "none"
     _one_of(folder, "normalize_activations", normalize, NORMS)
@@ -76,38 +90,38 @@ def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
     transcoder = kind.endswith("transcoder")
     center = flat.get("apply_b_dec_to_input", True)
     if not isinstance(center, bool):
-        raise _damaged(folder, "apply_b_dec_to_input", center, "true or false")
+        raise damaged(file, "apply_b_dec_to_input", center, "true or false")
     if transcoder and center:
-        raise _damaged(folder, "apply_b_dec_to_input", center, "false for a transcoder")
-    d_in = _whole(folder, flat, "d_in")
+        raise damaged(file, "apply_b_dec_to_input", center, "false for a transcoder")
+    d_in = whole(file, flat, "d_in")
     return SaeLensCfg(
         architecture=kind,
         d_in=d_in,
-        d_sae=_whole(folder, flat, "d_sae"),
-        d_out=_whole(folder, flat, "d_out") if transcoder else d_in,
-        k=_whole(folder, flat, "k") if kind == "topk" else None,
+        d_sae=whole(file, flat, "d_sae"),
+        d_out=whole(file, flat, "d_out") if transcoder else d_in,
+        k=whole(file, flat, "k") if kind == "topk" else None,
         center=center,
         normalize=normalize,
         rescale=_rescale(kind, flat),
         finetuned=bool(flat.get("finetuning_scaling_factor")),
         origin=_origin(metadata, transcoder=transcoder),
-        model_kwargs=metadata.get("model_from_pretrained_kwargs") or {},
+        model_kwargs=table(file, metadata, "model_from_pretrained_kwargs"),
         legacy=legacy,
     )
 
 
-def _is_legacy(cfg: Mapping[str, Any]) -> bool:
+def _is_legacy(cfg: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
     """SAELens takes the old path when it finds no version, or one below 6."""
-    version = cfg.get("sae_lens_version") or (cfg.get("metadata") or {}).get("sae_lens_version")
+    version = cfg.get("sae_lens_version") or metadata.get("sae_lens_version")
     major = str(version or "0").split(".")[0]
     return not major.isdigit() or int(major) < 6
 
 
-def _modern(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def _modern(file: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
     flat = {RENAMED.get(key, key): value for key, value in cfg.items()}
     flat = {**(flat.pop("metadata", None) or {}), **flat}
     flat.setdefault("architecture", "standard")
-    kwargs = flat.get("activation_fn_kwargs") or {}
+    kwargs = table(file, flat, "activation_fn_kwargs")
     if flat.get("activation_fn") == "topk" and kwargs.get("k") is not None:
         flat["architecture"], flat["k"] = "topk", kwargs["k"]
     normalize = flat.get("normalize_activations")
@@ -132,7 +146,7 @@ def _origin(metadata: Mapping[str, Any], *, transcoder: bool) -> Origin:
         outputs=(str(metadata.get("hook_name_out") or f"{UNKNOWN} output"),) if transcoder else (),
         context=context if isinstance(context, int) else None,
         prepend_bos=bool(metadata.get("prepend_bos", True)),
-        dataset=metadata.get("dataset_path"),
+        dataset=text(metadata, "dataset_path"),
     )
 
 
@@ -143,14 +157,3 @@ def _one_of(folder: Path, key: str, value: object, known: tuple[str | None, ...]
             got=f"{key} {value!r}",
             expected=f"one of {', '.join(filter(None, known))}",
         )
-
-
-def _whole(folder: Path, flat: Mapping[str, Any], key: str) -> int:
-    value = flat.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise _damaged(folder, key, value, "a positive integer")
-    return value
-
-
-def _damaged(folder: Path, key: str, value: object, expected: str) -> ArtifactError:
-    return ArtifactError(f"{folder / CFG} is damaged", got=f"{key} {value!r}", expected=expected)

@@ -1,9 +1,10 @@
 """sparsify (EleutherAI): a folder named after its module, with `cfg.json` and `sae.safetensors`; `config.json` beside it.
 
 W_dec is [F, d], W_skip is [d, d] and used as x W_skipᵀ. A transcoder (`transcode`) reads the module's input and does not
-take b_dec from it. Read from sparsify 1.3.3.
+take b_dec from it. Of several seeds each has a folder `seed0` … inside its module's. Read from sparsify 1.3.3.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import into_module, of_module
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
+from microtome.dictionary.formats.values import whole
 
 CFG, WEIGHTS, RUN, NAME = "cfg.json", "sae.safetensors", "config.json", "sparsify"
 
@@ -34,15 +36,17 @@ def read(folder: Path, hints: Hints) -> Reading:
     file = TensorFile(folder / WEIGHTS, read_safetensors(folder / WEIGHTS), CFG)
     transcode = bool(cfg.get("transcode"))
     notes = []
-    origin = _origin(folder, transcode)
+    module = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
+    origin = _origin(module, transcode)
     if UNKNOWN in (*origin.inputs, *origin.outputs) and hints.hook_name is None:
-        notes.append(f"the folder's name, {folder.name!r}, is no module of a model: give hook_name")
+        notes.append(f"the folder's name, {module.name!r}, is no module of a model: give hook_name")
     if transcode and hints.hook_name is None:
         notes.append(
             "reads the input of a module (after the norm and its weight), which is no hook point of Microtome; its nearest is "
             "ln2.hook_normalized, before the weight"
         )
     skip = file.take("W_skip", d_in, d_in) if cfg.get("skip_connection") else None
+    file.refuse("W_skip")
     made = build(
         folder,
         hints.applied(origin),
@@ -63,18 +67,19 @@ FORMAT = Format(name=NAME, looks=f"{CFG} and {WEIGHTS}", detect=detect, read=rea
 
 
 def _sizes(folder: Path, cfg: dict[str, Any]) -> tuple[int, int, int]:
-    d_in, k = cfg.get("d_in"), cfg.get("k")
-    latents = cfg.get("num_latents") or (d_in or 0) * (cfg.get("expansion_factor") or 0)
-    for key, value in (("d_in", d_in), ("num_latents", latents), ("k", k)):
-        if not isinstance(value, int) or value < 1:
-            raise ArtifactError(f"{folder / CFG} is damaged", got=f"{key} {value!r}", expected="a positive integer")
-    assert isinstance(d_in, int)
-    assert isinstance(k, int)
-    return d_in, int(latents), k
+    """d_in, the latents (`num_latents`, or where that is 0 d_in · expansion_factor), and k."""
+    file = folder / CFG
+    d_in, k = whole(file, cfg, "d_in"), whole(file, cfg, "k")
+    if cfg.get("num_latents"):
+        return d_in, whole(file, cfg, "num_latents"), k
+    return d_in, d_in * whole(file, cfg, "expansion_factor"), k
 
 
 def _origin(folder: Path, transcode: bool) -> Origin:
-    run = read_json(folder.parent / RUN) if (folder.parent / RUN).is_file() else {}
+    file = next(
+        (each / RUN for each in folder.parents[:2] if (each / RUN).is_file()), None
+    )  # the best ones lie in best/
+    run = read_json(file) if file else {}
     point = of_module(folder.name)
     context = run.get("ctx_len")
     return Origin(

@@ -53,6 +53,12 @@ class TensorFile:
         """Names that may be there and say nothing about the codes."""
         self._taken.update(names)
 
+    def refuse(self, *starts: str) -> None:
+        """Raise ArtifactError when a tensor was not asked for whose name begins so: another kind's, so the config is wrong."""
+        others = [name for name in self.left if name.startswith(starts)]
+        if others:
+            raise self.misfit(f"a tensor {others[0]}, which another kind has", "only what this kind has")
+
     @property
     def left(self) -> list[str]:
         """The tensors that nobody asked for."""

@@ -1,0 +1,39 @@
+"""Values of configs that others wrote: each is what it has to be, or our error says what it is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from microtome.common.errors import ArtifactError
+
+
+def table(file: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The object under a key; an empty one where there is none, or null."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise damaged(file, key, value, "a JSON object")
+    return value or {}
+
+
+def text(config: Mapping[str, Any], key: str) -> str | None:
+    """The text under a key; None where it is no text. For what only tells."""
+    value = config.get(key)
+    return value if isinstance(value, str) and value else None
+
+
+def whole(file: Path, config: Mapping[str, Any], key: str) -> int:
+    """The positive integer under a key."""
+    value = config.get(key)
+    if not is_whole(value):
+        raise damaged(file, key, value, "a positive integer")
+    return value
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a positive integer: true and false, which Python counts as integers, are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def damaged(file: Path, key: str, value: object, expected: str) -> ArtifactError:
+    """What is wrong with one value of a config."""
+    return ArtifactError(f"{file} is damaged", got=f"{key} {value!r}", expected=expected)

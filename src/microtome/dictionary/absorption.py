@@ -25,10 +25,10 @@ from microtome.common.progress import progress
 from microtome.dictionary.fit import check_fit
 from microtome.dictionary.intervals import Estimate
 from microtome.dictionary.labelled import EncodedTexts, in_decoder_units
-from microtome.dictionary.letters import FirstLetters, first_letters, spelling_accuracy
+from microtome.dictionary.letters import FirstLetters, by_beginning, first_letters, spelling_accuracy
 from microtome.dictionary.logistic import fit_probes
 from microtome.dictionary.probing import SEEDS, ranked_latents
-from microtome.dictionary.surface import Read, SparseDictionary, decoder_rows
+from microtome.dictionary.surface import Read, SparseDictionary, decoder_rows, points
 from microtome.dictionary.targeted import probe_direction
 from microtome.model import HookedModel
 
@@ -90,17 +90,19 @@ def absorption(
 
 @torch.no_grad()
 def encode_words(
-    model: HookedModel, dictionary: SparseDictionary, task: FirstLetters, *, rows: int = 32
+    model: HookedModel, dictionary: SparseDictionary, task: FirstLetters, *, rows: int = 256
 ) -> EncodedTexts:
     """x, y and codes at the last token of each prompt; one attribute for each letter."""
-    parts = []
+    order, parts = [], []
     with progress(len(task.words), "encode words", "words") as bar:
-        for tokens in task.prompts.split(rows):
-            read = Read.of(model, tokens, [dictionary])
+        for which, begun in by_beginning(model, task.prompts, rows=rows):
+            read = Read(begun.activations(task.prompts[which], points([dictionary])))
             x, y = read.x(dictionary)[:, -1], read.y(dictionary)[:, -1]
             parts.append((x.cpu(), y.cpu(), in_decoder_units(dictionary, x)))
-            bar.advance(len(tokens))
-    x, y, codes = (torch.cat(part) for part in zip(*parts, strict=True))
+            order.append(which)
+            bar.advance(len(which))
+    back = torch.cat(order).argsort()
+    x, y, codes = (torch.cat(part)[back] for part in zip(*parts, strict=True))
     return EncodedTexts(
         name="first letter",
         attributes=task.letters,

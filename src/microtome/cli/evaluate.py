@@ -48,7 +48,6 @@ def run(options: Options) -> dict[str, Any]:
     from microtome.common.artifacts import write_json
     from microtome.common.config import to_dict
     from microtome.dictionary import Dictionary, EvaluateConfig, evaluate, load_any_dictionary
-    from microtome.dictionary.fit import check_weights
     from microtome.dictionary.measures import Measures, check_names, finite
 
     check_names(options.metrics)
@@ -57,7 +56,6 @@ def run(options: Options) -> dict[str, Any]:
         n_tokens=options.n_tokens, function_tokens=options.function_tokens, whole_only=options.whole_only
     )
     sae = load_any_dictionary(options.dictionary)
-    check_weights(sae)
     # The decoder rows of a cross-layer transcoder of many layers fill the memory, if each is written out for all of them.
     metrics = options.metrics or (("core", "geometry") if isinstance(sae, Dictionary) else ("core",))
     model = options.load_model()

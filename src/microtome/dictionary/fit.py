@@ -18,7 +18,11 @@ def check_fit(model: HookedModel, sae: SparseDictionary) -> None:
             expected=sae.origin.model_name,
             fix=f"Load {sae.origin.model_name}, or a dictionary of {model.name}",
         )
-    check_weights(sae)
+    if any(bool(weights.isnan().any()) for weights in sae.parameters()):
+        raise InputError(
+            "The dictionary has weights that are no numbers (NaN)",
+            fix="Did its training diverge? Take an earlier checkpoint, or train with a lower learning rate",
+        )
     probe = model.activations(torch.zeros(1, 2, dtype=torch.long), points([sae]))
     sides = (("d_in", sae.d_in, sae.origin.inputs), ("d_out", sae.d_out, sae.origin.outputs))
     for name, size, places in sides:
@@ -29,12 +33,3 @@ def check_fit(model: HookedModel, sae: SparseDictionary) -> None:
                 got=f"{name} {size}",
                 expected=f"{width}, the width there",
             )
-
-
-def check_weights(sae: SparseDictionary) -> None:
-    """Raise InputError for weights that are no numbers."""
-    if any(bool(weights.isnan().any()) for weights in sae.parameters()):
-        raise InputError(
-            "The dictionary has weights that are no numbers (NaN)",
-            fix="Did its training diverge? Take an earlier checkpoint, or train with a lower learning rate",
-        )

@@ -6,6 +6,7 @@ import torch
 from microtome.common.errors import InputError, ModelError
 from microtome.dictionary import EncodedTexts, FirstLetters, absorption, first_letters
 from microtome.dictionary.absorption import absorbed_letters, absorbed_words, encode_words, f1, split_latents
+from microtome.dictionary.intervals import Estimate
 from microtome.dictionary.letters import context_of, spelling_accuracy, vocabulary_words
 from microtome.model import HookedModel
 
@@ -49,6 +50,19 @@ def test_absorption_that_is_known() -> None:
     assert found.fraction.value == pytest.approx(a.fraction / 2)
     assert found.fraction.seeds == pytest.approx([share / 2 for share in tested])
     assert a.sparse_f1 < 1
+    assert found.notes == ()
+
+
+def test_a_weak_model_and_weak_probes_are_said() -> None:
+    words, _ = words_with_absorbers()
+    half = Estimate(0.5, 0.4, 0.6)
+    [note] = absorbed_letters(words, spelling=half).notes
+    assert note.startswith("The model names the first letter of 0.50 of the words (chance 0.50;")
+    noise = torch.randn(2 * N, 3, generator=torch.Generator().manual_seed(0))
+    found = absorbed_letters(encoded(words.labels, noise, words.codes, words.W_dec), spelling=Estimate(0.9, 0.8, 1.0))
+    assert found.probe_f1.value < 0.7
+    [note] = found.notes
+    assert note.startswith(f"The letters' probes have F1 {found.probe_f1.value:.2f}")
 
 
 def test_half_of_a_word_absorbed_is_a_half_and_not_full() -> None:

@@ -195,7 +195,8 @@ def _absorption(found: Mapping[str, Any]) -> list[str]:
         f"  {name.replace('_', ' ')}: {_estimate(found[name])}"
         for name in ("splits", "fraction", "full", "probe_f1", "sparse_f1", "spelling")
     ]
-    return [*said, f"  chance of the model's spelling: {found['chance']:.3f}; {found['n_words']} words"]
+    said.append(f"  chance of the model's spelling: {found['chance']:.3f}; {found['n_words']} words")
+    return [*said, *(f"  note: {note}" for note in found["notes"])]
 
 
 def _scr(found: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -42,7 +42,7 @@ class Asked:
         hooks = [(name, _putting(value, rows, self.place[which] - begun.n)) for name, value in (put or {}).items()]
         with begun.model.hooks(hooks):
             logits = begun.logits(tokens[:, :end], None if bool((n == end).all()) else there[:, :end])
-        found: Tensor = logits[rows, n - 1 - begun.n][:, self.answers.to(logits.device)].float().cpu()
+        found: Tensor = logits[:, self.answers.to(logits.device)].float().cpu()
         return found
 
     def _there(self) -> Bool[Tensor, "entity pos"]:

@@ -5,6 +5,7 @@ whole prompt gives, up to rounding: nothing looks back at what comes later.
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,19 +43,23 @@ class Beginning:
 
     def logits(
         self, tokens: Int[Tensor, "row pos"], there: Bool[Tensor, "row pos"] | None = None
-    ) -> Float[Tensor, "row rest d_vocab"]:
-        """The logits behind the first `n` of `tokens`, whole prompts that all begin so; `there` is where they have tokens, of
-        rows padded on the right."""
+    ) -> Float[Tensor, "row d_vocab"]:
+        """The logits behind `tokens`, whole prompts that all begin so; `there` is where they have tokens, of rows padded on
+        the right."""
         device = self.model.device
         inputs: dict[str, Any] = {"input_ids": tokens[:, self.n :].to(device), "use_cache": self.past is not None}
         if self.past is not None:
             past = copy.deepcopy(self.past)
             past.batch_repeat_interleave(len(tokens))
             inputs["past_key_values"] = past
+        last = torch.full((len(tokens),), tokens.shape[1] - 1)
         if there is not None:
             inputs["attention_mask"] = there.long().to(device)
+            last = there.sum(1) - 1
+        if "logits_to_keep" in inspect.signature(type(self.model.hf).forward).parameters:
+            inputs["logits_to_keep"] = tokens.shape[1] - int(last.min())
         found: Tensor = self.model.hf(**inputs).logits
-        return found
+        return found[torch.arange(len(tokens)), last - (tokens.shape[1] - found.shape[1])]
 
     def activations(self, tokens: Int[Tensor, "row pos"], names: Sequence[str]) -> ActivationCache:
         """The activations at these points behind the first `n` of `tokens`; the run ends at the deepest of them."""

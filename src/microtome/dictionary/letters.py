@@ -128,7 +128,7 @@ def spelling_accuracy(
     right = torch.zeros(len(chosen))
     with progress(len(chosen), "spell", "words") as bar:
         for part, begun in by_beginning(model, asked, behind=1 + len(colon)):
-            logits = begun.logits(asked[part])[:, -1].cpu()[:, answers]
+            logits = begun.logits(asked[part]).cpu()[:, answers]
             right[part] = (logits.argmax(1) == task.label[chosen[part]]).float()
             bar.advance(len(part))
     return right

@@ -76,8 +76,8 @@ def absorption(
     *,
     task: FirstLetters | None = None,
     seeds: Sequence[int] = SEEDS,
-    per_letter: int = 100,
-    spell: int = 100,
+    per_letter: int = 300,
+    spell: int = 300,
 ) -> Absorption:
     """Splitting and absorption of a dictionary. `task` (else words drawn from the vocabulary, `per_letter` of each letter);
     `spell` words are used to ask the model itself.

@@ -29,7 +29,7 @@ class FirstLetters:
 
 
 def first_letters(
-    model: HookedModel, *, per_letter: int = 100, least: int = 12, shots: int = 4, contexts: int = 32, seed: int = 0
+    model: HookedModel, *, per_letter: int = 300, least: int = 12, shots: int = 4, contexts: int = 32, seed: int = 0
 ) -> FirstLetters:
     """Up to `per_letter` words of each letter that begins at least `least`, drawn from the tokenizer's vocabulary, each behind
     `shots` other words with their letters; there are `contexts` different such beginnings.
@@ -117,7 +117,7 @@ def by_beginning(
 
 @torch.no_grad()
 def spelling_accuracy(
-    model: HookedModel, task: FirstLetters, *, most: int = 500, seed: int = 0
+    model: HookedModel, task: FirstLetters, *, most: int = 300, seed: int = 0
 ) -> Float[Tensor, " word"]:
     """1 for each of up to `most` words whose first letter the model names: among the letters of the task, the right one is
     the likeliest behind `word:`."""

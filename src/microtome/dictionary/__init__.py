@@ -30,6 +30,7 @@ from microtome.dictionary.formats import (
 from microtome.dictionary.geometry import Geometry, geometry
 from microtome.dictionary.labelled import EncodedTexts, LabelledTexts, encode_texts, read_labelled
 from microtome.dictionary.letters import FirstLetters, first_letters
+from microtome.dictionary.masks import MaskConfig
 from microtome.dictionary.probe_tasks import built_in_tasks
 from microtome.dictionary.probing import Probing, probing
 from microtome.dictionary.similarity import Similarity, similarity
@@ -54,6 +55,7 @@ __all__ = [
     "Geometry",
     "JumpReLUConfig",
     "LabelledTexts",
+    "MaskConfig",
     "MatryoshkaConfig",
     "Origin",
     "PAnnealConfig",

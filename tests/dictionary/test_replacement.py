@@ -253,6 +253,10 @@ def test_a_folder_of_dictionaries_is_opened_as_a_set(
         load_dictionary_set(tmp_path / "set/1")
     with pytest.raises(ArtifactError, match="no dictionary"):
         load_dictionary_or_set(tmp_path / "nothing")
+    (tmp_path / "set/3").mkdir()
+    save_dictionary(make_clt(), tmp_path / "set/3")
+    with pytest.raises(ConfigError, match="a cross-layer transcoder in 3"):
+        load_dictionary_or_set(tmp_path / "set")
 
 
 def _each_alone(found: Evaluation, model: HookedModel, dataset: TokenDataset) -> None:

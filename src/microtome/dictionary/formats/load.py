@@ -13,7 +13,7 @@ import torch
 
 from microtome.common.assets import shipped_or
 from microtome.common.device import parse_device, parse_dtype
-from microtome.common.errors import ArtifactError, unknown_name
+from microtome.common.errors import ArtifactError, ConfigError, unknown_name
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.dictionary_set import DictionarySet
@@ -154,8 +154,16 @@ def load_dictionaries(path: str | Path, *, device: str = "cpu", dtype: str = "fp
 def load_dictionary_set(path: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionarySet:
     """The dictionaries of a folder of folders as one: transcoders of several layers, say, as `microtome train --per-layer`
     writes them. Raises as `load_dictionaries` does, and ConfigError for dictionaries that make no set."""
-    made = DictionarySet(load_dictionaries(path, device=device, dtype=dtype))
-    made.path = Path(path)
+    folder = Path(path)
+    crossed = [each for each in _folders(folder) if isinstance(load_any_dictionary(each), CrossLayerTranscoder)]
+    if crossed:
+        raise ConfigError(
+            f"The dictionaries in {folder} are no set: those of a set have one point each",
+            got=f"a cross-layer transcoder in {crossed[0].name}",
+            fix=f"Name one of them ({crossed[0]}), or compare them (microtome compare)",
+        )
+    made = DictionarySet(load_dictionaries(folder, device=device, dtype=dtype))
+    made.path = folder
     return made
 
 

@@ -215,6 +215,10 @@ class FeatureIndex:
         rows = {r[0]: self._row(r) for r in self._ask(sql, [best])}
         return [rows[feature] for feature in best]
 
+    def layer_of(self, feature: int) -> int | None:
+        """The block that a latent reads, where the latents of the index read different ones."""
+        return next((layer for layer, latents in self._layers if feature in latents), None)
+
     def tokens_to_strings(self, ids: Sequence[int]) -> list[str]:
         """Display strings of tokens that stand in this order: a character in pieces is shown on its last piece."""
         return self.strings.show(ids)
@@ -257,8 +261,7 @@ class FeatureIndex:
         names = _ROW.split(", ")
         token = values[names.index("top_token")]
         found = dict(zip(names, values, strict=True))
-        layer = next((layer for layer, latents in self._layers if found["feature"] in latents), None)
-        return FeatureRow(**found, layer=layer, top_token_string=self.strings.one(token))
+        return FeatureRow(**found, layer=self.layer_of(found["feature"]), top_token_string=self.strings.one(token))
 
     def _of_layer(self, layer: int) -> list[range]:
         """The latents that read a block."""

@@ -129,6 +129,7 @@ def fired(feature: int, peak: float, at: int, n_tokens: int, glances: Glances) -
     glance = glances[feature]
     return schemas.FiredFeature(
         feature=feature,
+        layer=glance.layer,
         peak=peak,
         at=at,
         n_tokens=n_tokens,

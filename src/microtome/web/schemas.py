@@ -148,6 +148,7 @@ class FiredFeature(Wire):
     """A feature that fires somewhere in the text, with enough to recognise it."""
 
     feature: int
+    layer: int | None
     peak: float
     at: int
     n_tokens: int

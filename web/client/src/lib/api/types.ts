@@ -117,6 +117,7 @@ export interface Firing {
 /** A feature that fires somewhere in the text, with enough to recognise it. */
 export interface FiredFeature {
   feature: number;
+  layer: number | null;
   peak: number;
   at: number;
   n_tokens: number;

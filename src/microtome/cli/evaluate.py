@@ -20,15 +20,16 @@ class Options(TextOptions):
     asked for, sparse probing, absorption, SCR, TPP and disentanglement."""
 
     dictionary: Annotated[str, tyro.conf.Positional]
-    """The folder of the dictionary, or whatever else names one: demo, hf://…, release/id."""
+    """The folder of the dictionary, or whatever else names one: demo, hf://…, release/id. A folder of one dictionary for
+    each of several points (as --per-layer makes them) is measured as a whole."""
     n_tokens: int = 131_072
     """Tokens for reconstruction figures."""
     function_tokens: int = 16_384
-    """Tokens of these for CE and KL (four full forward passes each, and three for each point of several)."""
+    """Tokens of these for CE and KL (four full forward passes each; of several points one more for all, and three for each)."""
     whole_only: bool = False
     """Of a dictionary that writes several points: no CE and KL with each of these alone replaced."""
     metrics: tuple[str, ...] = ()
-    """core, geometry, probing, absorption, scr, tpp, ravel (not said: core and geometry; of a cross-layer transcoder core
+    """core, geometry, probing, absorption, scr, tpp, ravel (not said: core and geometry; of a cross-layer transcoder or a set core
     alone). Only core needs a corpus."""
     probe_data: Path | None = None
     """JSONL, CSV or Parquet with the columns text and label, for probing, SCR and TPP (else the built-in tasks)."""
@@ -47,7 +48,7 @@ def run(options: Options) -> dict[str, Any]:
     """Evaluate, write the figures, and return them."""
     from microtome.common.artifacts import write_json
     from microtome.common.config import to_dict
-    from microtome.dictionary import Dictionary, EvaluateConfig, evaluate, load_any_dictionary
+    from microtome.dictionary import Dictionary, EvaluateConfig, evaluate, load_dictionary_or_set
     from microtome.dictionary.measures import Measures, check_names, finite
 
     check_names(options.metrics)
@@ -55,7 +56,7 @@ def run(options: Options) -> dict[str, Any]:
     config = EvaluateConfig(
         n_tokens=options.n_tokens, function_tokens=options.function_tokens, whole_only=options.whole_only
     )
-    sae = load_any_dictionary(options.dictionary)
+    sae = load_dictionary_or_set(options.dictionary)
     # The decoder rows of a cross-layer transcoder of many layers fill the memory, if each is written out for all of them.
     metrics = options.metrics or (("core", "geometry") if isinstance(sae, Dictionary) else ("core",))
     model = options.load_model()

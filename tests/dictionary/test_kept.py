@@ -14,6 +14,7 @@ from microtome.dictionary.activation import Activation, GroupMax, GroupTopK, Top
 from microtome.dictionary.architectures import make_rule
 from microtome.dictionary.config import (
     BatchTopKConfig,
+    DictionaryConfig,
     JumpReLUConfig,
     MatryoshkaConfig,
     ReLUConfig,
@@ -119,7 +120,8 @@ def test_blocks_of_rows_are_the_whole_and_need_it_not() -> None:
 
 @pytest.mark.parametrize("norms", ["unit", "free"])
 def test_latents_of_many_rows_are_those_of_a_plain_selection(norms: Literal["unit", "free"]) -> None:
-    d_sae, configs = 1024, [TopKConfig(d_sae=1024, k=K, norms=norms, seed=i) for i in range(S)]
+    d_sae = 1024
+    configs: list[DictionaryConfig] = [TopKConfig(d_sae=d_sae, k=K, norms=norms, seed=i) for i in range(S)]
     stack = Stack(configs, make_rule(configs), D, D)
     rows = normal(1, 1100, D)
     center = torch.zeros(S, D)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -51,7 +52,11 @@ def test_reconstruction_figures(tiny_llama: HookedModel, tiny_dataset: TokenData
     fired = (codes > 0).sum(0)
     assert found.n_dead == int((fired == 0).sum()) >= 50
     assert found.dead_fraction == found.n_dead / 200
-    assert sum(found.density_counts) == 200 - found.n_dead
+    density = fired.double() / found.n_tokens
+    assert found.n_dense == int((density > 0.1).sum()) > 0
+    assert found.n_frequent == int((density > 0.01).sum()) > found.n_dense
+    bins = np.histogram(density[density > 0].log10().numpy(), found.density_edges)[0]
+    assert found.density_counts == tuple(bins.tolist())
 
 
 def test_sinks_are_rows_of_outsized_squared_norm() -> None:
@@ -96,15 +101,23 @@ def test_function_figures(tiny_llama: HookedModel, tiny_dataset: TokenDataset, t
         return log_p[:, :-1][text[:, 1:]]
 
     target = tokens[:, 1:][text[:, 1:]][:, None]
-    replaced = {"clean": x, "spliced": x.clone(), "zero": x.clone()}
+    replaced = {"clean": x, "spliced": x.clone(), "zero": x.clone(), "mean": x.clone()}
     replaced["spliced"][text] = sae(x[text])
     replaced["zero"][text] = 0
+    whole = torch.from_numpy(tiny_dataset.batch(0, tiny_dataset.n_sequences))
+    everywhere = tiny_llama.run_with_cache(whole)[1][HOOK]
+    replaced["mean"][text] = everywhere[~torch.isin(whole, torch.tensor([0, 1]))].mean(0)
     log_p = {name: log_probabilities(activation) for name, activation in replaced.items()}
     ce = {name: float(-lp.gather(1, target).mean()) for name, lp in log_p.items()}
     kl = {name: float((log_p["clean"].exp() * (log_p["clean"] - lp)).sum(-1).mean()) for name, lp in log_p.items()}
     assert found.n_function_tokens == len(target)
-    assert (found.ce_clean, found.ce_spliced, found.ce_zero) == pytest.approx(tuple(ce.values()), rel=1e-4)
+    measured = (found.ce_clean, found.ce_spliced, found.ce_zero, found.ce_mean)
+    assert measured == pytest.approx(tuple(ce.values()), rel=1e-4)
+    assert found.delta_ce == pytest.approx(ce["spliced"] - ce["clean"], rel=1e-3)
     assert (found.kl_spliced, found.kl_zero) == pytest.approx((kl["spliced"], kl["zero"]), rel=1e-3)
+    assert found.kl_mean == pytest.approx(kl["mean"], rel=1e-3)
+    assert found.ce_recovered_mean == pytest.approx((ce["mean"] - ce["spliced"]) / (ce["mean"] - ce["clean"]), rel=1e-3)
+    assert found.kl_recovered_mean == pytest.approx((kl["mean"] - kl["spliced"]) / kl["mean"], rel=1e-3)
     assert found.ce_recovered == pytest.approx((ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]), rel=1e-3)
     assert found.kl_recovered == pytest.approx((kl["zero"] - kl["spliced"]) / kl["zero"], rel=1e-3)
 

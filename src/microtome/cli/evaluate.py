@@ -38,7 +38,7 @@ class Options(TextOptions):
     mask_steps: int | None = None
     """For ravel: steps in which the mask of each attribute is learned (not said: 40; 0: no mask)."""
     mask_sparsity: float | None = None
-    """For ravel: the price of a latent in a mask's loss, in nats (not said: 0.001)."""
+    """For ravel: the price of a latent in a mask's loss, in nats (not said: 0.01)."""
     out: Path | None = None
     """Where to write the figures as JSON (default: metrics.json in the dictionary's folder, NAME-metrics.json for one that is
     in no folder here)."""

@@ -25,10 +25,10 @@ class MaskConfig:
     second number by a constant factor. `alone` leaves the tasks of the other attributes out (DBM)."""
 
     steps: int = 40
-    batch: int = 8
+    batch: int = 4
     lr: float = 0.1
     temperature: tuple[float, float] = (1.0, 0.01)
-    sparsity: float = 1e-3
+    sparsity: float = 1e-2
     alone: bool = False
 
     def __post_init__(self) -> None:

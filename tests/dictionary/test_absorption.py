@@ -1,5 +1,7 @@
 """Absorption, on words made by hand where it is known exactly, and against the definition written out for each word."""
 
+import re
+
 import pytest
 import torch
 
@@ -143,7 +145,7 @@ def made_task(contexts: int = 24) -> FirstLetters:
     prompts = torch.randint(2, 320, (24, 9), generator=torch.Generator().manual_seed(0))
     prompts[:, :-1] = prompts[torch.arange(24) % contexts, :-1]
     return FirstLetters(
-        words=tuple(map(str, range(24))), letters=("a", "b"), label=torch.arange(24) % 2, prompts=prompts
+        words=tuple(map(str, range(24))), letters=("a", "b"), label=torch.arange(24) % 2, prompts=prompts, asks=":"
     )
 
 
@@ -190,7 +192,7 @@ def test_the_real_vocabulary_has_words_of_one_token(smol: HookedModel) -> None:
     words = vocabulary_words(smol)
     assert "snake" in words["s"]
     assert sum(map(len, words.values())) > 5000
-    task = first_letters(smol, per_letter=4, least=100, shots=2, contexts=5)
+    task = first_letters(smol, per_letter=4, least=100, shots=2, contexts=5, asks=":")
     assert {word[0] for word in task.words} == set(task.letters)
     for word, row, label in zip(task.words, task.prompts, task.label.tolist(), strict=True):
         assert smol.to_string(row[-1:]) == f" {word}"
@@ -200,6 +202,8 @@ def test_the_real_vocabulary_has_words_of_one_token(smol: HookedModel) -> None:
         assert shown[1::2] == [other[0].upper() for other in shown[::2]]
     assert smol.to_string(task.prompts[0]).count("\n") == 2
     assert 1 < len(task.prompts[:, :-1].unique(dim=0)) <= 5
+    said = smol.to_string(first_letters(smol, per_letter=4, least=100, shots=1).prompts[0, 1:-1])
+    assert re.fullmatch(r" (\w)\w+ has the first letter: ([A-Z])\n", str(said))
     bare = first_letters(smol, per_letter=4, least=100, shots=0)
     assert bare.prompts.shape[1] == 2
 

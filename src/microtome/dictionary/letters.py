@@ -1,6 +1,7 @@
 """The first-letter task: words that are one token, in prompts that show what to do with a few others.
 
-A prompt is lines of `word: letter`; the activations wanted are those at the last word, before its letter is said.
+A prompt is lines of `word has the first letter: L` (SAEBench's; Karvonen et al. 2025, 2503.09532); the activations wanted are
+those at the last word, before its letter is asked for.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,19 +18,30 @@ from microtome.common.progress import progress
 from microtome.dictionary.beginning import Beginning
 from microtome.model import HookedModel
 
+ASKS = " has the first letter:"
+
 
 @dataclass(frozen=True, kw_only=True)
 class FirstLetters:
-    """Words, the number of each one's letter among `letters`, and prompts `[word, pos]` that end in the word."""
+    """Words, the number of each one's letter among `letters`, and prompts `[word, pos]` that end in the word; behind `asks` the
+    model says the letter."""
 
     words: tuple[str, ...]
     letters: tuple[str, ...]
     label: Int[Tensor, " word"]
     prompts: Int[Tensor, "word pos"]
+    asks: str = ASKS
 
 
 def first_letters(
-    model: HookedModel, *, per_letter: int = 300, least: int = 12, shots: int = 4, contexts: int = 32, seed: int = 0
+    model: HookedModel,
+    *,
+    per_letter: int = 300,
+    least: int = 12,
+    shots: int = 4,
+    contexts: int = 32,
+    asks: str = ASKS,
+    seed: int = 0,
 ) -> FirstLetters:
     """Up to `per_letter` words of each letter that begins at least `least`, drawn from the tokenizer's vocabulary, each behind
     `shots` other words with their letters; there are `contexts` different such beginnings.
@@ -62,7 +74,9 @@ def first_letters(
     drawn = torch.randint(len(everything), (contexts, shots), generator=generator).tolist()
     shown = [[everything[i] for i in row] for row in drawn]
     first = torch.randint(contexts, (len(chosen),), generator=generator).tolist()
-    rows = [_prompt(model, word, context_of(word, shown, at)) for (word, _), at in zip(chosen, first, strict=True)]
+    rows = [
+        _prompt(model, word, context_of(word, shown, at), asks) for (word, _), at in zip(chosen, first, strict=True)
+    ]
     if len(set(map(len, rows))) > 1:
         raise InputError("Prompts of the first-letter task differ in length", got=sorted(set(map(len, rows))))
     return FirstLetters(
@@ -70,6 +84,7 @@ def first_letters(
         letters=tuple(by_letter),
         label=torch.tensor([number for _, number in chosen]),
         prompts=torch.tensor(rows),
+        asks=asks,
     )
 
 
@@ -92,8 +107,8 @@ def context_of(word: str, contexts: Sequence[Sequence[str]], at: int) -> Sequenc
     return next((context for context in turned if word not in context), turned[0])
 
 
-def _prompt(model: HookedModel, word: str, others: Sequence[str]) -> list[int]:
-    lines = "".join(f" {other}: {other[0].upper()}\n" for other in others)
+def _prompt(model: HookedModel, word: str, others: Sequence[str], asks: str) -> list[int]:
+    lines = "".join(f" {other}{asks} {other[0].upper()}\n" for other in others)
     ids: list[int] = model.to_tokens(f"{lines} {word}")[0].tolist()
     return ids
 
@@ -120,14 +135,14 @@ def spelling_accuracy(
     model: HookedModel, task: FirstLetters, *, most: int = 300, seed: int = 0
 ) -> Float[Tensor, " word"]:
     """1 for each of up to `most` words whose first letter the model names: among the letters of the task, the right one is
-    the likeliest behind `word:`."""
+    the likeliest behind the word and `asks`."""
     chosen = torch.randperm(len(task.words), generator=torch.Generator().manual_seed(seed))[:most]
-    colon = model.to_tokens(":", prepend_bos=False)[0].cpu()
+    behind = model.to_tokens(task.asks, prepend_bos=False)[0].cpu()
     answers = torch.tensor([model.to_tokens(f" {c.upper()}", prepend_bos=False)[0, 0] for c in task.letters])
-    asked = torch.cat([task.prompts[chosen], colon.expand(len(chosen), -1)], 1)
+    asked = torch.cat([task.prompts[chosen], behind.expand(len(chosen), -1)], 1)
     right = torch.zeros(len(chosen))
     with progress(len(chosen), "spell", "words") as bar:
-        for part, begun in by_beginning(model, asked, behind=1 + len(colon)):
+        for part, begun in by_beginning(model, asked, behind=1 + len(behind)):
             logits = begun.logits(asked[part]).cpu()[:, answers]
             right[part] = (logits.argmax(1) == task.label[chosen[part]]).float()
             bar.advance(len(part))

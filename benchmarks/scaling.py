@@ -205,8 +205,8 @@ def _measured(config: Config, size: Size, device: torch.device) -> dict[str, Any
         gc.collect()
         _forget_peak(device)
         held = _held(device)
-        stack.enter_context(freed_memory_kept())  # as in a training
         trainer = _trainer(config, size, batches, scratch / "sized")
+        stack.enter_context(freed_memory_kept())  # as in Trainer.run
         stream = itertools.cycle(batches)
         for _ in range(_WARM_UP):
             trainer.train_step(next(stream))

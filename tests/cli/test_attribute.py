@@ -56,6 +56,9 @@ def test_circuit(words: list[str], capsys: pytest.CaptureFixture[str], tmp_path:
     assert set(found["curve"]) == set(found["random"])  # type: ignore[call-overload]
     again = command(capsys, "circuit", *words, "--circuit", str(path))
     assert again["faithfulness"] == found["faithfulness"]
+    other = command(capsys, "circuit", *words, "--edges", "60", "--method", "eap", "--curve", "--seed", "1")
+    assert other["curve"] == found["curve"]
+    assert other["random"] != found["random"]
     assert main(["circuit", *words, "--edges", "100", "--method", "acdc", "--tau", "1e-6"]) == 0
     assert "faithfulness" in capsys.readouterr().out
 
@@ -83,6 +86,8 @@ def test_circuit(words: list[str], capsys: pytest.CaptureFixture[str], tmp_path:
             )
         ),
         (["circuit", "--circuit", "a.json", "--by", "size", "--edges", "3"], "Got: --edges, --by."),
+        (["circuit", "--seed", "0"], "Nothing is drawn, so --seed would change nothing. Got: --seed 0"),
+        (["circuit", "--circuit", "a.json", "--replace", "mean", "--seed", "3"], "say --replace resample"),
         (["circuit", "--tau", "0.1"], "--tau is not used by the method eap-ig"),
         (["circuit", "--method", "eap", "--steps", "9"], "--steps is not used by the method eap. Got: --steps 9"),
         (["attribute", "--steps", "5"], "The method gradient takes the gradient at one place"),

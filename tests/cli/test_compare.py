@@ -2,11 +2,26 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from microtome.cli.main import main
-from microtome.dictionary import CrossLayerTranscoder, Dictionary, EvaluateConfig, Origin, evaluate, save_dictionary
+from microtome.common.config import to_dict
+from microtome.dictionary import (
+    CrossLayerTranscoder,
+    Dictionary,
+    EvaluateConfig,
+    Origin,
+    encode_texts,
+    evaluate,
+    load_dictionary,
+    probing,
+    read_labelled,
+    save_dictionary,
+)
 from microtome.model import HookedModel, load_model
 from microtome.text import TokenDataset
 
@@ -111,6 +126,91 @@ def test_metrics_without_a_corpus(here: Path, capsys: pytest.CaptureFixture[str]
     assert "mine: cat" in shown
 
 
+def measured(capsys: pytest.CaptureFixture[str], metrics: str, *more: str, of: str = "few") -> dict[str, Any]:
+    assert main(["evaluate", of, *COMMON, "--metrics", metrics, *more, "--json"]) == 0, capsys.readouterr().err
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_own_texts_in_every_format(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two labels that are crossed, one of them three times as frequent."""
+    rows = [
+        {"text": f"{a} {b} {i}", "label": a, "spurious": b}
+        for a, n in (("cat", 24), ("Moon", 8))
+        for b in ("dog", "eggs")
+        for i in range(n)
+    ]
+    Path("mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), "mine.parquet")
+    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+    Path("mine.csv").write_text("\n".join(lines))
+    found = [
+        measured(capsys, "probing,scr,tpp", "--probe-data", f"mine.{kind}") for kind in ("jsonl", "csv", "parquet")
+    ]
+    assert found[0] == found[1] == found[2]
+    [texts] = read_labelled("mine.csv")
+    encoded = encode_texts(load_model("model", device="cpu"), load_dictionary("few"), texts)
+    assert found[0]["probing"] == json.loads(json.dumps(to_dict(probing([encoded]))))
+    assert [task["attribute"] for task in found[0]["probing"]["tasks"]] == ["label cat", "spurious eggs"]
+    assert [task["chance"] for task in found[0]["probing"]["tasks"]] == [0.75, 0.5]
+    assert set(found[0]["probing"]["tasks"][0]["sparse"]) == {"1", "2", "5"}
+    assert found[0]["tpp"][0]["attributes"] == ["label cat", "spurious eggs"]
+    assert [(pair["wanted"], pair["spurious"]) for pair in found[0]["scr"]] == [
+        ("label cat", "spurious eggs"),
+        ("spurious eggs", "label cat"),
+    ]
+
+
+def test_own_entities_with_and_without_a_mask(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = ("cat", "dog")
+    rows: list[dict[str, object]] = [
+        {"entity": name, "attributes": {"a": answers[i % 2], "b": answers[i // 2 % 2]}}
+        for i, name in enumerate("abcdefgh")
+    ]
+    rows += [{"attribute": attribute, "prompt": f"The ={{entity}} {attribute}"} for attribute in "ab"]
+    Path("mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ("--entity-data", "mine.jsonl")
+    plain = measured(capsys, "ravel", *data, "--mask-steps", "0")["ravel"]
+    assert plain["masked"] is None
+    assert plain["n_entities"] == 8
+    learned = measured(capsys, "ravel", *data, "--mask-steps", "2", "--mask-sparsity", "0")["ravel"]
+    assert learned["by_count"] == plain["by_count"]
+    assert set(learned["masked"]["n_latents"]) == {"a", "b"}
+    assert main(["evaluate", "few", *COMMON, "--metrics", "ravel", *data, "--mask-steps", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "the model on a: " in shown
+    assert "  learned mask: " in shown
+    assert "  64 latents: " in shown
+
+
+def test_one_document_has_no_intervals(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("one.jsonl").write_text(json.dumps({"text": "The cat sat on the mat."}))
+    more = ("--corpus", "one.jsonl", "--tokens", "one", "--context", "10")
+    found = measured(capsys, "core", *more)
+    assert 4 < found["n_tokens"] < 10
+    assert found["intervals"]["fvu"] == [None, None]
+    assert main(["evaluate", "few", *COMMON, "--metrics", "core", *more]) == 0
+    assert "95 %" not in capsys.readouterr().out
+
+
+def test_a_dictionary_that_is_silent_and_one_of_nan(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sae = load_dictionary("few").requires_grad_(False)
+    sae.encoder.zero_()
+    for name in ("silent", "broken"):
+        Path(name).mkdir()
+    save_dictionary(sae, Path("silent"))
+    rows = [{"text": f"{a} {i}", "label": a} for a in ("cat", "Moon", "eggs") for i in range(8)]
+    Path("mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = measured(capsys, "core,geometry,probing,tpp", *TEXT, "--probe-data", "mine.jsonl", of="silent")
+    assert (found["l0"], found["dead_fraction"], found["notes"][-1][:15]) == (0, 1, "No latent fired")
+    assert found["probing"]["mean"]["top_1"] == found["probing"]["mean"]["chance"]
+    assert {score["value"] for score in found["tpp"][0]["score"].values()} == {0}
+    sae.W_dec[3, 1] = float("nan")
+    save_dictionary(sae, Path("broken"))
+    assert main(["evaluate", "broken", *COMMON, *TEXT]) == 1
+    assert "is damaged. Got: W_dec with 1 values that are NaN" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -119,10 +219,29 @@ def test_metrics_without_a_corpus(here: Path, capsys: pytest.CaptureFixture[str]
         (("evaluate", "few", *COMMON, "--metrics", "probing", "--probe-data", "none.jsonl"), "no file none.jsonl"),
         (("evaluate", "few", *COMMON, "--metrics", "ravel", "--entity-data", "none.jsonl"), "no file none.jsonl"),
         (("evaluate", "few", *COMMON, "--metrics", "absorption"), "too few words"),
+        (("evaluate", "few", *COMMON, "--mask-steps", "3"), "--mask-steps is read by ravel alone. Got: no --metrics"),
+        (
+            ("evaluate", "few", *COMMON, "--metrics", "core", "--probe-data", "a"),
+            "read by probing and scr and tpp alone",
+        ),
+        (("evaluate", "few", *COMMON, "--metrics", "ravel", "--mask-steps", "-1"), "one step or more"),
+        (("evaluate", "few", *COMMON, "--metrics", "ravel", "--mask-steps", "0", "--mask-sparsity", "1"), "no mask"),
         (("compare", "few", "none", *COMMON, *TEXT, "--out", "a"), "no dictionary at none"),
         (("compare", "few", "few", *COMMON, *TEXT, "--out", "a"), "a name of its own"),
     ],
-    ids=["unknown", "no text", "no probe data", "no entities", "tiny vocabulary", "no dictionary", "twice"],
+    ids=[
+        "unknown",
+        "no text",
+        "no probe data",
+        "no entities",
+        "tiny vocabulary",
+        "mask without ravel",
+        "texts for nothing",
+        "steps",
+        "no steps",
+        "no dictionary",
+        "twice",
+    ],
 )
 def test_bad_words_get_one_clear_line(
     here: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
@@ -132,3 +251,22 @@ def test_bad_words_get_one_clear_line(
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert not (here / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "message"),
+    [
+        ("probing", "ababababc", "mine: c has too few texts of a class. Got: 1"),
+        ("tpp", "abababab", "two attributes or more. Got: mine"),
+        ("scr", "abcabcabcabc", "all four combinations"),
+        ("probing", "aaaa", "two classes"),
+    ],
+)
+def test_texts_that_do_not_suffice_are_refused_before_anything_runs(
+    here: Path, capsys: pytest.CaptureFixture[str], metric: str, labels: str, message: str
+) -> None:
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+    Path("mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("--model", "no/such/model", "--metrics", metric, "--probe-data", "mine.jsonl")
+    assert main(["evaluate", "few", *words]) == 1
+    assert message in capsys.readouterr().err

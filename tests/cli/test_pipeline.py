@@ -69,6 +69,34 @@ def test_from_text_to_index(here: Path, run: Run) -> None:
         assert index.examples(best.feature)[0].value == pytest.approx(best.max)
 
 
+MLPS = (
+    *("--hook", "blocks.0.hook_resid_mid", "blocks.1.hook_resid_mid"),
+    *("--output-hook", "blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"),
+)
+
+
+@pytest.mark.parametrize("kind", ["cross-layer", "per-layer"])
+def test_several_layers_from_training_to_index(
+    kind: str, here: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--d-sae", "48", "--k", "4", "--train-tokens", "3200", "--batch-size", "64", "--warmup-steps", "5")
+    run("train", *MODEL, *TEXT, f"--{kind}", *MLPS, *sizes, "--lr", "0.003", "--out", "made")
+    figures = run("evaluate", "made", *MODEL, *TEXT, "--part", "0.8:1", "--n-tokens", "320", "--function-tokens", "160")
+    assert [layer["name"] for layer in figures["layers"]] == list(MLPS[1:3])
+    assert 0 <= figures["top1_replaced"] <= 1
+    assert figures["ce_replaced"] - figures["ce_clean"] == pytest.approx(figures["delta_ce_replaced"], abs=1e-6)
+    assert json.loads(Path("made/metrics.json").read_text())["kl_replaced"] == figures["kl_replaced"] > 0
+    built = run("index", "made", *MODEL, *TEXT, "--out", "index", "--window", "8")
+    assert built["latents"] == 96
+    with open_index("index") as index:
+        assert index.summary.layers == (0, 1)
+        assert index.summary.metrics["top1_replaced"] == figures["top1_replaced"]
+        fires = index.top_features("The cat sat on the mat.")
+        assert {index.feature(f).row.layer for token in fires.features for f, _ in token} == {0, 1}
+    assert main(("compare", "made", *MODEL, *TEXT, "--part", "0.8:1", "--function-tokens", "160")) == 0
+    assert "top1 replaced" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

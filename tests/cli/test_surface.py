@@ -86,7 +86,7 @@ SURFACE = {
     ],
     "evaluate": [
         *(*TEXT, "dictionary", "n_tokens", "function_tokens", "whole_only"),
-        *("metrics", "probe_data", "entity_data", "out"),
+        *("metrics", "probe_data", "entity_data", "mask_steps", "mask_sparsity", "out"),
     ],
     "compare": [*TEXT, "dictionaries", "n_tokens", "function_tokens", "whole_only", "similarity", "out"],
     "convert": [

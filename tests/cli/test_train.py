@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from microtome.cli.main import main
-from microtome.dictionary import load_cross_layer_transcoder, load_dictionary
+from microtome.dictionary import load_cross_layer_transcoder, load_dictionaries, load_dictionary
 from microtome.model import HookedModel
 
 Run = Callable[..., dict[str, Any]]
@@ -95,6 +95,9 @@ def test_transcoders_and_crosscoders(run: Run, tmp_path: Path) -> None:
     assert (made["hook_name"], made["predicts"]) == (MLP_IN, MLP_OUT)
     layers = run("--hook", HOOK, OTHER, "--output-hook", OTHER, MLP_OUT, "--per-layer", "--k", "4", "--overwrite")
     assert [each["predicts"] for each in layers["dictionaries"]] == [OTHER, MLP_OUT]
+    points = run("--hook", HOOK, OTHER, "--per-layer", "--k", "4", "--overwrite")
+    assert [each["hook_name"] for each in points["dictionaries"]] == [HOOK, OTHER]
+    assert [each.is_transcoder for each in load_dictionaries(tmp_path / "made")] == [False, False]
     across = run("--hook", HOOK, OTHER, "--k", "4", "--overwrite")
     assert across["hook_name"] == f"{HOOK}, {OTHER}"
     assert load_dictionary(tmp_path / "made").d_in == 2 * 32
@@ -110,6 +113,10 @@ def test_transcoders_and_crosscoders(run: Run, tmp_path: Path) -> None:
         (("--hook", "blocks.1.hook_resid_pree"), HOOK),
         (("--hook", HOOK, OTHER, "--output-hook", MLP_OUT, "--per-layer"), "output for each input"),
         (("--hook", HOOK, "--target-l0", "6"), "Set k"),
+        (("--hook", MLP_IN, "--output-hook", MLP_OUT, "--per-layer", "--cross-layer"), "--per-layer as well"),
+        (("--hook", MLP_IN, "--cross-layer"), "no --output-hook"),
+        (("--hook", OTHER, MLP_IN, "--output-hook", OTHER, MLP_OUT, "--cross-layer"), "the model's order"),
+        (("--per-layer",), "need hook points"),
         ((), "several hook points"),
         (("--configs", "nowhere.json"), "no file"),
         (("--hook", HOOK, "--architecture", "jumprelu", "--set", "sparsity=quadratic"), "target_l0"),

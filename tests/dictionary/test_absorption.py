@@ -6,7 +6,8 @@ import torch
 from microtome.common.errors import InputError, ModelError
 from microtome.dictionary import EncodedTexts, FirstLetters, absorption, first_letters
 from microtome.dictionary.absorption import absorbed_letters, absorbed_words, encode_words, f1, split_latents
-from microtome.dictionary.letters import spelling_accuracy, vocabulary_words
+from microtome.dictionary.intervals import Estimate
+from microtome.dictionary.letters import context_of, spelling_accuracy, vocabulary_words
 from microtome.model import HookedModel
 
 from .handmade import encoded, perfect_dictionary
@@ -49,6 +50,19 @@ def test_absorption_that_is_known() -> None:
     assert found.fraction.value == pytest.approx(a.fraction / 2)
     assert found.fraction.seeds == pytest.approx([share / 2 for share in tested])
     assert a.sparse_f1 < 1
+    assert found.notes == ()
+
+
+def test_a_weak_model_and_weak_probes_are_said() -> None:
+    words, _ = words_with_absorbers()
+    half = Estimate(0.5, 0.4, 0.6)
+    [note] = absorbed_letters(words, spelling=half).notes
+    assert note.startswith("The model names the first letter of 0.50 of the words (chance 0.50;")
+    noise = torch.randn(2 * N, 3, generator=torch.Generator().manual_seed(0))
+    found = absorbed_letters(encoded(words.labels, noise, words.codes, words.W_dec), spelling=Estimate(0.9, 0.8, 1.0))
+    assert found.probe_f1.value < 0.7
+    [note] = found.notes
+    assert note.startswith(f"The letters' probes have F1 {found.probe_f1.value:.2f}")
 
 
 def test_half_of_a_word_absorbed_is_a_half_and_not_full() -> None:
@@ -124,34 +138,39 @@ def test_a_letter_of_three_words_is_refused() -> None:
 # ---- on models ----------------------------------------------------------------------------------------------------------
 
 
-def made_task(model: HookedModel) -> FirstLetters:
+def made_task(contexts: int = 24) -> FirstLetters:
+    """Words and what comes before them are random tokens; there are so many different beginnings."""
     prompts = torch.randint(2, 320, (24, 9), generator=torch.Generator().manual_seed(0))
+    prompts[:, :-1] = prompts[torch.arange(24) % contexts, :-1]
     return FirstLetters(
         words=tuple(map(str, range(24))), letters=("a", "b"), label=torch.arange(24) % 2, prompts=prompts
     )
 
 
-def test_words_are_read_at_the_last_token(tiny_llama: HookedModel) -> None:
-    task, sae = made_task(tiny_llama), random_at(ORIGINS["transcoder"], 32, 32, center=False, skip=True)
-    words = encode_words(tiny_llama, sae, task, rows=10)
+@pytest.mark.parametrize("contexts", [24, 3, 1])
+def test_words_are_read_at_the_last_token(tiny_llama: HookedModel, contexts: int) -> None:
+    task, sae = made_task(contexts), random_at(ORIGINS["transcoder"], 32, 32, center=False, skip=True)
+    words = encode_words(tiny_llama, sae, task, rows=5)
     _, cache = tiny_llama.run_with_cache(task.prompts)
-    torch.testing.assert_close(words.x, cache["blocks.0.hook_resid_post"][:, -1])
+    torch.testing.assert_close(words.x, cache["blocks.0.hook_resid_post"][:, -1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(words.y, cache["blocks.1.hook_resid_pre"][:, -1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(words.codes, sae.encode(words.x).to_dense())
     assert words.labels[:, 0].tolist() == [True, False] * 12
 
 
 def test_a_perfect_dictionary_of_any_model_gives_figures_and_chance(tiny_llama: HookedModel) -> None:
     sae = perfect_dictionary(ORIGINS["autoencoder"], 32)
-    found = absorption(tiny_llama, sae, task=made_task(tiny_llama), spell=20)
+    found = absorption(tiny_llama, sae, task=made_task(), spell=20)
     assert found.chance == 0.5
     assert found.spelling is not None
     assert 0 <= found.spelling.value <= 1
     assert found.n_words == 24
 
 
-def test_spelling_is_right_where_the_letter_is_the_likeliest(tiny_llama: HookedModel) -> None:
-    task = made_task(tiny_llama)
-    right = spelling_accuracy(tiny_llama, task, most=24, rows=7)
+@pytest.mark.parametrize("contexts", [24, 3])
+def test_spelling_is_right_where_the_letter_is_the_likeliest(tiny_llama: HookedModel, contexts: int) -> None:
+    task = made_task(contexts)
+    right = spelling_accuracy(tiny_llama, task, most=24)
     colon = tiny_llama.to_tokens(":", prepend_bos=False)
     logits = tiny_llama(torch.cat([task.prompts, colon.expand(24, -1)], 1))[:, -1]
     ids = [int(tiny_llama.to_tokens(f" {c}", prepend_bos=False)[0, 0]) for c in "AB"]
@@ -171,9 +190,25 @@ def test_the_real_vocabulary_has_words_of_one_token(smol: HookedModel) -> None:
     words = vocabulary_words(smol)
     assert "snake" in words["s"]
     assert sum(map(len, words.values())) > 5000
-    task = first_letters(smol, per_letter=2, least=100, shots=2)
+    task = first_letters(smol, per_letter=4, least=100, shots=2, contexts=5)
     assert {word[0] for word in task.words} == set(task.letters)
     for word, row, label in zip(task.words, task.prompts, task.label.tolist(), strict=True):
         assert smol.to_string(row[-1:]) == f" {word}"
         assert task.letters[label] == word[0]
+        shown = str(smol.to_string(row[1:-1])).split()
+        assert word not in {other.strip(":") for other in shown}
+        assert shown[1::2] == [other[0].upper() for other in shown[::2]]
     assert smol.to_string(task.prompts[0]).count("\n") == 2
+    assert 1 < len(task.prompts[:, :-1].unique(dim=0)) <= 5
+    bare = first_letters(smol, per_letter=4, least=100, shots=0)
+    assert bare.prompts.shape[1] == 2
+
+
+def test_a_word_never_stands_in_its_own_context() -> None:
+    contexts = [["ant", "bee"], ["bee", "cat"], ["cat", "dog"]]
+    assert [context_of(word, contexts, at) for word, at in (("bee", 0), ("cat", 1), ("ant", 1), ("dog", 2))] == [
+        ["cat", "dog"],
+        ["ant", "bee"],
+        ["bee", "cat"],
+        ["ant", "bee"],
+    ]

@@ -18,8 +18,8 @@ ORIGIN = Origin(
 )
 
 
-def make(activation: Activation | Sequence[Activation]) -> CrossLayerTranscoder:
-    made = CrossLayerTranscoder(D, F, activation, origin=ORIGIN)
+def make(activation: Activation | Sequence[Activation], *, skip: bool = False) -> CrossLayerTranscoder:
+    made = CrossLayerTranscoder(D, F, activation, origin=ORIGIN, skip=skip)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -97,11 +97,41 @@ def test_no_rows_and_nothing_that_fires() -> None:
     torch.testing.assert_close(made(x_of()), made.b_dec.flatten().expand(7, -1))
 
 
+def test_a_skip_path_adds_a_linear_map_of_each_layers_own_input() -> None:
+    made, plain, x = make(ReLU(), skip=True), make(ReLU()), x_of()
+    assert made.W_skip is not None
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(made.get_parameter(name))
+    paths = [row @ W for row, W in zip(x.split(D, 1), made.W_skip, strict=True)]
+    torch.testing.assert_close(made(x) - plain(x), torch.cat(paths, 1), atol=1e-5, rtol=1e-5)
+    assert made.fingerprint != plain.fingerprint
+    with pytest.raises(InputError, match="skip path"):
+        made.decode(made.encode(x))
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+@pytest.mark.parametrize("activations", [1, LAYERS])
+def test_layer_by_layer_it_is_the_same(activations: int, skip: bool) -> None:
+    thresholds = torch.linspace(0.1, 1.0, LAYERS * F).chunk(activations)
+    jumps = [JumpReLU(each.clone()) for each in thresholds]
+    made, x = make(jumps if activations > 1 else jumps[0], skip=skip), x_of()
+    codes = [made.encode_layer(layer, rows) for layer, rows in enumerate(x.split(D, 1))]
+    torch.testing.assert_close(torch.cat([each.to_dense() for each in codes], 1), made.encode(x).to_dense())
+    assert [(each.start, each.stop) for each in made.layer_latents()] == [(0, 5), (5, 10), (10, 15)]
+    written = [
+        made.decode_layer(layer, [codes[source] for source in made.sources(layer)], rows)
+        for layer, rows in enumerate(x.split(D, 1))
+    ]
+    torch.testing.assert_close(torch.cat(written, 1), made(x))
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
 @pytest.mark.parametrize(
     "activation", [ReLU(), TopK(4), JumpReLU(torch.zeros(LAYERS * F))], ids=["relu", "topk", "jump"]
 )
-def test_scales_are_folded(activation: Activation) -> None:
-    made, x = make(activation), x_of()
+def test_scales_are_folded(activation: Activation, skip: bool) -> None:
+    made, x = make(activation, skip=skip), x_of()
     read, written = torch.tensor([0.5, 2.0, 3.0]), torch.tensor([4.0, 0.1, 1.5])
     codes = made.encode(x * read.repeat_interleave(D)).to_dense()
     out = made(x * read.repeat_interleave(D)) / written.repeat_interleave(D)

@@ -364,6 +364,17 @@ def test_fine_tuning_from_a_dictionary_of_one_layer_is_refused(tmp_path: Path) -
         train_cross_layer(config, source(data), out=tmp_path / "b", config=run)
 
 
+def test_fine_tuning_of_one_with_a_skip_path_is_refused(tmp_path: Path) -> None:
+    data, _ = synthetic(512)
+    origin = Origin(model_name="toy", inputs=INPUTS, outputs=OUTPUTS)
+    released = CrossLayerTranscoder(WIDTH, 12, JumpReLUActivation(torch.ones(12 * L)), origin=origin, skip=True)
+    (tmp_path / "released").mkdir()
+    save_dictionary(released, tmp_path / "released")
+    config = replace(ARCHITECTURE, fine_tune=str(tmp_path / "released"))
+    with pytest.raises(ConfigError, match="with a skip path cannot be fine-tuned"):
+        train_cross_layer(config, source(data), out=tmp_path / "b", config=TrainConfig(n_tokens=256, batch_size=256))
+
+
 def test_a_stopped_training_resumes_to_the_same_weights_and_is_opened(tmp_path: Path) -> None:
     data, _ = synthetic(1024)
     config = replace(ARCHITECTURE, revival="resample", resample_every=10, dead_after=512)
@@ -400,8 +411,11 @@ def test_several_are_trained_on_one_stream(tmp_path: Path) -> None:
         ({"outputs": OUTPUTS[:2]}, "writes as many points as it reads"),
         ({"outputs": (*OUTPUTS[:2], "blocks.9.hook_mlp_out")}, "hook point"),
         ({"fine_tune": "somewhere"}, "There is no dictionary at somewhere"),
+        ({"inputs": INPUTS[::-1]}, "come in the model's order"),
+        ({"outputs": (OUTPUTS[1], OUTPUTS[0], OUTPUTS[2])}, "come in the model's order"),
+        ({"inputs": OUTPUTS, "outputs": INPUTS}, "each is read before it is written"),
     ],
-    ids=["fewer outputs", "no such point", "nothing to fine-tune"],
+    ids=["fewer outputs", "no such point", "nothing to fine-tune", "inputs back", "outputs mixed", "written first"],
 )
 def test_what_a_cross_layer_transcoder_cannot_be(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     data, _ = synthetic(512)

@@ -9,7 +9,7 @@ import torch
 from microtome.common.errors import InputError
 from microtome.dictionary import Dictionary, Entities, Origin, cities, disentanglement, read_entities
 from microtome.dictionary.activation import ReLU
-from microtome.dictionary.disentanglement import attribute_latents
+from microtome.dictionary.disentanglement import attribute_latents, halves_of
 from microtome.model import HookedModel
 
 from .handmade import perfect_dictionary
@@ -53,11 +53,11 @@ def test_exchanging_everything_makes_it_the_other_entity(tiny_llama: HookedModel
         assert kept is not None
         shared = []
         for seed in (0, 1):
-            generator = torch.Generator().manual_seed(seed)
-            base = torch.randint(13, (20,), generator=generator)
-            source = (base + torch.randint(1, 13, (20,), generator=generator)) % 13
+            generator, (_, test) = torch.Generator().manual_seed(seed), halves_of(answered, seed)
+            base = torch.randint(len(test), (20,), generator=generator)
+            source = (base + torch.randint(1, len(test), (20,), generator=generator)) % len(test)
             of = answered.values
-            rows = [(NAMES[b], NAMES[s]) for b, s in zip(base.tolist(), source.tolist(), strict=True)]
+            rows = [(NAMES[test[b]], NAMES[test[s]]) for b, s in zip(base.tolist(), source.tolist(), strict=True)]
             shared.append([of[b][about] == of[s][about] for b, s in rows if of[b][target] != of[s][target]])
         assert kept.value == pytest.approx(sum(sum(part) / len(part) for part in shared) / 2)
 
@@ -68,7 +68,7 @@ def test_a_dictionary_that_changes_nothing_isolates_and_does_not_cause(
     sae = Dictionary(32, 16, ReLU(), origin=EMBEDDING)
     found = disentanglement(tiny_llama, sae, answered, counts=(4,), seeds=(0,), pairs=20)
     assert found.best == 4
-    [one] = found.by_count
+    one = found.by_count["4"]
     assert [cause.value for cause in one.cause.values() if cause] == [0, 0]
     assert [kept.value for row in one.isolation.values() for kept in row.values() if kept] == [1, 1]
     assert one.score is not None
@@ -84,8 +84,8 @@ def test_a_model_that_answers_nothing_gives_no_score(tiny_llama: HookedModel, an
     wrong = Entities(name="wrong", values=swapped, prompts=PROMPTS)
     found = disentanglement(tiny_llama, perfect_dictionary(EMBEDDING, 32), wrong, counts=(2,), seeds=(0,), pairs=6)
     assert [one.accuracy for one in found.answered] == [0, 0]
-    assert found.by_count[0].score is None
-    assert found.by_count[0].cause == {"first": None, "second": None}
+    assert found.by_count["2"].score is None
+    assert found.by_count["2"].cause == {"first": None, "second": None}
     assert found.best is None
 
 

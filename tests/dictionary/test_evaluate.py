@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from microtome.common.errors import ConfigError, ModelError
+from microtome.common.errors import ConfigError, InputError, ModelError
 from microtome.dictionary import Dictionary, EvaluateConfig, evaluate
 from microtome.dictionary.evaluate import Moments, density_histogram
 from microtome.dictionary.moments import is_sink
@@ -140,5 +140,10 @@ def test_a_dictionary_that_does_not_fit_is_refused(
         evaluate(tiny_llama, make(tmp_path / "a", d_in=16), tiny_dataset)
     with pytest.raises(ConfigError, match="another model"):
         evaluate(tiny_llama, make(tmp_path / "b", model="gpt2"), tiny_dataset)
+    broken = make(tmp_path / "d")
+    with torch.no_grad():
+        broken.W_dec[3, 1] = torch.nan
+    with pytest.raises(InputError, match="no numbers"):
+        evaluate(tiny_llama, broken, tiny_dataset)
     with pytest.raises(ModelError, match="layer from 0 to 2"):
         evaluate(tiny_llama, make(tmp_path / "c", hook="blocks.9.hook_resid_pre"), tiny_dataset)

@@ -3,18 +3,25 @@ formats say that a dictionary belongs."""
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 
 from microtome.common.errors import ArtifactError
-from microtome.dictionary import CrossLayerTranscoder, Dictionary, load_cross_layer_transcoder, load_dictionary
+from microtome.dictionary import (
+    CrossLayerTranscoder,
+    Dictionary,
+    load_cross_layer_transcoder,
+    load_dictionary,
+    save_dictionary,
+)
 from microtome.dictionary.formats import read_dictionary
 
 D, F, K, H = 6, 10, 2, 3
@@ -253,6 +260,32 @@ def test_the_embedding_of_gemma_scope(tmp_path: Path) -> None:
     torch.testing.assert_close(made.encode(x).to_dense(), plain.encode(x / 8**0.5).to_dense())
     torch.testing.assert_close(made.W_dec, plain.W_dec * 8**0.5)
     assert made.hook_name == "hook_embed"
+
+
+def with_skip_paths(folder: Path, layers: int = 3) -> Path:
+    """The fixture of circuit-tracer with skip paths beside the encoders, as its later versions save them."""
+    shutil.copytree(FIXTURES / "clt/jump_relu", folder)
+    for layer in range(layers):
+        file = folder / f"W_enc_{layer}.safetensors"
+        d = load_file(file)[f"b_dec_{layer}"].shape[0]
+        save_file({**load_file(file), f"W_skip_{layer}": randn(d, d, seed=layer)}, file)
+    return folder
+
+
+def test_skip_paths_of_a_cross_layer_transcoder(tmp_path: Path) -> None:
+    """circuit-tracer adds `inputs @ W_skip` to what the latents write."""
+    made = load_cross_layer_transcoder(with_skip_paths(tmp_path / "clt"))
+    plain = load_cross_layer_transcoder(FIXTURES / "clt/jump_relu")
+    x, d = randn(5, made.d_in), made.d_model
+    expected = [rows @ randn(d, d, seed=layer) for layer, rows in enumerate(x.split(d, 1))]
+    torch.testing.assert_close(made(x) - plain(x), torch.cat(expected, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made.encode(x).to_dense(), plain.encode(x).to_dense())
+    (tmp_path / "own").mkdir()
+    save_dictionary(made, tmp_path / "own")
+    assert load_cross_layer_transcoder(tmp_path / "own").fingerprint == made.fingerprint
+    assert read_dictionary(tmp_path / "clt").notes == read_dictionary(FIXTURES / "clt/jump_relu").notes
+    with pytest.raises(ArtifactError, match=r"have skip paths and others have none. Got: 2 of 3 layers"):
+        load_cross_layer_transcoder(with_skip_paths(tmp_path / "some", layers=2))
 
 
 def test_the_points_of_a_cross_layer_transcoder() -> None:

@@ -1,15 +1,20 @@
 """Selection and sparse products, with their gradients, against dense twins."""
 
+from typing import Any, Literal
+
 import pytest
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from microtome.common.errors import ConfigError
 from microtome.dictionary import Dictionary, Origin, SparseCodes
 from microtome.dictionary.activation import Activation, GroupMax, GroupTopK, TopK
+from microtome.dictionary.architectures import make_rule
 from microtome.dictionary.config import (
     BatchTopKConfig,
+    DictionaryConfig,
     JumpReLUConfig,
     MatryoshkaConfig,
     ReLUConfig,
@@ -19,7 +24,9 @@ from microtome.dictionary.config import (
 )
 from microtome.dictionary.kept import DenseKept, SparseKept
 from microtome.dictionary.products import Transpose, sampled_products, weighted_sums
-from microtome.dictionary.selection import Groups, batch_top_k, top_k
+from microtome.dictionary.rules import Step
+from microtome.dictionary.selection import PreActivations, batch_top_k, top_k
+from microtome.dictionary.stack import DataStatistics, Stack
 
 S, N, D, F, K = 2, 20, 7, 33, 4
 
@@ -47,11 +54,12 @@ SELECTED: dict[str, Tensor] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", SELECTED)
-def test_top_k_finds_the_largest_of_each_row(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("k", [3, 20, 300])
+def test_top_k_finds_the_largest_of_each_row(name: str, dtype: torch.dtype, k: int) -> None:
     pre = SELECTED[name].to(dtype)
-    found = top_k(pre, 20)
-    assert all(len(set(row)) == 20 for row in found.tolist())
-    largest = pre.relu().sort(1).values[:, -20:]
+    found = top_k(pre, k)
+    assert all(len(set(row)) == k for row in found.tolist())
+    largest = pre.relu().sort(1).values[:, -k:]
     assert torch.equal(pre.gather(1, found).relu().sort(1).values, largest)
 
 
@@ -68,10 +76,67 @@ def test_batch_top_k_finds_the_largest_positive_of_the_batch(name: str, dtype: t
     assert bool(((places // pre.shape[1]).diff() >= 0).all())
 
 
-def test_quick_ways_are_taken_where_groups_fit() -> None:
-    assert Groups.of(SELECTED["normal"], 20) is not None
-    assert Groups.of(SELECTED["no groups"], 20) is None
-    assert Groups.of(SELECTED["normal"], 1000) is None
+class _Searched(TorchFunctionMode):
+    """How wide the tensors are that `topk` searches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.topk:
+            self.widths.append(args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "widths"),
+    [("normal", 16, [64, 64, 64]), ("normal", 20, [256, 80]), ("normal", 100, [1024]), ("no groups", 4, [1001])],
+)
+def test_only_groups_are_searched_where_they_fit(name: str, k: int, widths: list[int]) -> None:
+    with _Searched() as searched:
+        top_k(SELECTED[name].bfloat16(), k)
+    assert searched.widths == widths
+
+
+@pytest.mark.parametrize(("name", "some"), [("normal", True), ("no groups", False)])
+def test_of_a_batch_only_what_may_be_large_is_searched(name: str, some: bool) -> None:
+    pre = SELECTED[name]
+    with _Searched() as searched:
+        batch_top_k(pre, 90)
+    assert (max(searched.widths) <= pre.numel() // 8) == some
+
+
+def test_blocks_of_rows_are_the_whole_and_need_it_not() -> None:
+    rows, encoder, b_enc = normal(S, 1100, D), normal(S, F, D, seed=2), normal(S, F, seed=3)
+    pre = PreActivations(rows, encoder, b_enc, torch.float32)
+    expected = rows @ encoder.mT + b_enc[:, None]
+    blocks = list(pre.blocks())
+    assert len(blocks) > 1
+    torch.testing.assert_close(torch.cat(blocks, 1), expected)
+    torch.testing.assert_close(pre.whole, expected)
+    assert [block is pre.whole for block in pre.blocks()] == [True]
+
+
+@pytest.mark.parametrize("norms", ["unit", "free"])
+def test_latents_of_many_rows_are_those_of_a_plain_selection(norms: Literal["unit", "free"]) -> None:
+    d_sae = 1024
+    configs: list[DictionaryConfig] = [TopKConfig(d_sae=d_sae, k=K, norms=norms, seed=i) for i in range(S)]
+    stack = Stack(configs, make_rule(configs), D, D)
+    rows = normal(1, 1100, D)
+    center = torch.zeros(S, D)
+    stack.initialise(DataStatistics(center, center, 1.0), [0, 1])
+    with torch.no_grad():
+        stack.W_dec.mul_(1 + torch.rand(S, d_sae, 1, generator=torch.Generator().manual_seed(0)) * (norms == "free"))
+    kept = stack.rule.keep(
+        stack.pre_activations(rows, torch.float32),
+        Step(0.0, torch.ones(S, 1100), stack.norms(), stack.b_enc, lambda: torch.zeros(S, d_sae)),
+    )
+    scores = ((rows - stack.b_dec[:, None]) @ stack.encoder.mT + stack.b_enc[:, None]) * stack.norms()[:, None]
+    expected = scores.topk(K, dim=2).indices.sort(2).values
+    assert isinstance(kept, SparseKept)
+    found = kept.latents.view(S, 1100, K) - torch.arange(S)[:, None, None] * d_sae
+    assert torch.equal(found.sort(2).values, expected)
 
 
 def test_entries_at_places_are_those_of_a_mask(mask: Bool[Tensor, "S n F"]) -> None:

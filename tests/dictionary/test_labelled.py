@@ -1,12 +1,16 @@
 """Labelled texts: the built-in tasks, a user's file, and what a model and a dictionary make of them."""
 
+import csv
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from microtome.common.errors import ConfigError, InputError
+from microtome.common.errors import ConfigError, InputError, MicrotomeError
 from microtome.dictionary import LabelledTexts, built_in_tasks, encode_texts, read_labelled
 from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.labelled import in_decoder_units
@@ -94,28 +98,83 @@ def test_a_users_file(tmp_path: Path) -> None:
     assert pair.attributes == {"label yes": (True, False), "spurious him": (True, False)}
 
 
+ROWS = [
+    {"text": 'one, "quoted"', "label": "red"},
+    {"text": "two\nlines", "label": "blue"},
+    {"text": "dré", "label": "red"},
+]
+
+
+def as_file(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The rows in the format that the name says, written by the standard library and Arrow."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, columns, delimiter="\t" if path.suffix == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        write(path, *rows)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_every_format_gives_the_same_tasks(tmp_path: Path, suffix: str) -> None:
+    [found] = read_labelled(as_file(tmp_path / f"mine{suffix}", ROWS))
+    assert (found.name, found.texts) == ("mine", tuple(row["text"] for row in ROWS))
+    assert found.attributes == {"red": (True, False, True)}
+    numbered = as_file(tmp_path / f"numbers{suffix}", [{**row, "label": i % 2} for i, row in enumerate(ROWS)])
+    assert read_labelled(numbered)[0].attributes == {"1": (False, True, False)}
+    tasks = [{**row, "task": "a" if i < 2 else "b"} for i, row in enumerate([*ROWS, {"text": "x", "label": "blue"}])]
+    assert [task.name for task in read_labelled(as_file(tmp_path / f"two{suffix}", tasks))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ((), "no texts"),
-        (({"text": "a", "label": 1}, {"text": "b", "label": 1}), "two classes"),
-        (({"text": "a"},), "line 1 is no labelled text"),
-        (({"text": "", "label": 1},), "no labelled text"),
-        (("a",), "no labelled text"),
+        ([], "no rows"),
+        ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], "two classes"),
+        ([{"text": "a", "kind": 1}], r"has no 'label'. Got: columns 'text', 'kind'"),
+        ([{"body": "a", "label": 1}], r"has no 'text'. Got: columns 'body', 'label'"),
+        ([{"text": "", "label": 1}], "has nothing in 'text'"),
+        ([{"text": "a", "label": 1}, {"text": "b", "label": None}], "has nothing in 'label'"),
+        (
+            [{"text": "a", "label": 1, "spurious": 1}, {"text": "b", "label": 0, "spurious": None}],
+            "'b' has nothing in 'sp",
+        ),
+        ([{"text": "a", "label": 1, "readout": "first"}, {"text": "b", "label": 0}], "unknown readout"),
     ],
-    ids=["empty", "one class", "no label", "no text", "no object"],
+    ids=["empty", "one class", "no label", "no text", "empty text", "empty label", "a gap in spurious", "readout"],
 )
-def test_bad_files_are_refused(tmp_path: Path, rows: tuple[object, ...], message: str) -> None:
+def test_bad_tables_are_refused(tmp_path: Path, suffix: str, rows: list[dict[str, Any]], message: str) -> None:
+    path = as_file(tmp_path / f"bad{suffix}", rows)
+    with pytest.raises(MicrotomeError, match=message):
+        read_labelled(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("bad.jsonl", b"{oops", "line 1 is not JSON"),
+        ("bad.jsonl", b'"a"', "line 1 is no object"),
+        ("bad.jsonl", b'{"text": 3, "label": 1}', "no text in 'text'"),
+        ("bad.jsonl", b'{"text": "a", "label": NaN}', "has nothing in 'label'"),
+        ("bad.jsonl", b"\xff\xfe{}", "not UTF-8"),
+        ("bad.csv", b"text,label\na,b,c\n", "more cells than there are columns. Got: 3"),
+        ("bad.csv", b'text,label\n"a,1\n', "is not CSV"),
+        ("bad.csv", b"text,label\n", "no rows"),
+        ("bad.parquet", b"PAR1 or not", "cannot be read"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=message):
-        read_labelled(write(tmp_path / "bad.jsonl", *rows))
-
-
-def test_files_that_are_no_json_or_not_there_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text("{oops", encoding="utf-8")
-    with pytest.raises(InputError, match=r"line 1 is not JSON"):
-        read_labelled(tmp_path / "bad.jsonl")
+        read_labelled(tmp_path / name)
     with pytest.raises(InputError, match="There is no file"):
-        read_labelled(tmp_path / "none.jsonl")
+        read_labelled(tmp_path / f"none{Path(name).suffix}")
 
 
 def test_labels_that_do_not_fit_are_refused() -> None:

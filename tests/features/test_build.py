@@ -16,7 +16,7 @@ from microtome.dictionary import Dictionary, Origin
 from microtome.dictionary.activation import TopK
 from microtome.features import IndexConfig, build_index, open_index
 from microtome.features.build import _Pass
-from microtome.features.weights import logit_effects, nearest_latents
+from microtome.features.weights import LatentWeights, logit_effects, nearest_latents
 from microtome.model import HookedModel
 from microtome.model.families import GPT2, LLAMA
 from microtome.text import TokenDataset
@@ -241,7 +241,7 @@ def test_logit_effects_equal_the_plain_product(
 ) -> None:
     monkeypatch.setattr("microtome.features.weights._CELLS", 3000)
     monkeypatch.setattr("microtome.features.weights._VOCABULARY_SLICE", 100)
-    (top_ids, top_values), (low_ids, low_values) = logit_effects(model, sae, 7)
+    (top_ids, top_values), (low_ids, low_values) = logit_effects(model, LatentWeights.of(sae).direction, 7)
     assert model.weights.ln_final
     logits = (sae.W_dec * model.weights.ln_final.weight) @ model.W_U
     effects = (logits - logits.mean(1, keepdim=True)).numpy()
@@ -260,7 +260,7 @@ def test_logit_effects_are_what_an_edit_does() -> None:
     model = HookedModel(hf, None, name="tiny-gpt2", spec=GPT2)
     sae = Dictionary(16, 6, TopK(2), origin=Origin.at("tiny-gpt2", "blocks.0.hook_resid_post"))
     torch.nn.init.normal_(sae.W_dec)
-    (ids, values), _ = logit_effects(model, sae.requires_grad_(False), 50)
+    (ids, values), _ = logit_effects(model, sae.requires_grad_(False).W_dec, 50)
     tokens = torch.tensor([[3, 1, 4]])
     clean, cache = model.run_with_cache(tokens, "blocks.0.hook_resid_post")
     residual = cache["blocks.0.hook_resid_post"].double()

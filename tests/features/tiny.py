@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from microtome.common.artifacts import draft, write_json
 from microtome.common.config import to_dict
-from microtome.features.config import KIND, IndexConfig, IndexRecord, histogram_edges
+from microtome.features.config import KIND, IndexConfig, IndexRecord, LayerLatents, histogram_edges
 from microtome.features.summary import FeatureSummary
 from microtome.features.write import WeightFacts, write_tables
 
@@ -111,8 +111,9 @@ def make_facts(n_vocab: int, seed: int = 0) -> WeightFacts:
     )
 
 
-def make_tiny_index(folder: Path) -> Path:
-    """Write the index into `folder` (which must not exist) and return it. Takes about 0.1 s."""
+def make_tiny_index(folder: Path, *, layers: tuple[LayerLatents, ...] = ()) -> Path:
+    """Write the index into `folder` (which must not exist) and return it; with `layers` it says that its latents read
+    several points. Takes about 0.1 s."""
     tokenizer = make_tokenizer()
     tokens = make_tokens(tokenizer)
     config = IndexConfig(top=12, per_band=3, window=16, histogram_top=8)
@@ -134,6 +135,7 @@ def make_tiny_index(folder: Path) -> Path:
         n_sequences=N_SEQUENCES,
         context=CONTEXT,
         bos_id=tokenizer.token_to_id(BOS),
+        layers=layers,
         histogram_edges=histogram_edges(8),
         settings=config,
     )

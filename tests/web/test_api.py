@@ -1,15 +1,19 @@
 """The API in process: what each endpoint answers, and what it says to every kind of bad input."""
 
 import gzip
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from microtome.features import FeatureIndex
+from microtome.features import FeatureIndex, open_index
+from microtome.features.config import LayerLatents
 from microtome.web.convert import neuronpedia_address
+from microtome.web.server import create_app
 
-from ..features.tiny import D_SAE, DEAD  # noqa: TID252 – tests share their tiny index
+from ..features.tiny import D_SAE, DEAD, make_tiny_index  # noqa: TID252 – tests share their tiny index
+from .conftest import BASE
 
 
 def get(client: TestClient, address: str) -> Any:
@@ -58,6 +62,24 @@ def test_filters(client: TestClient) -> None:
     assert 1 in {row["feature"] for row in get(client, "/api/features?token=COURT")["rows"]}
     assert get(client, "/api/features?text=court")["rows"]
     assert get(client, "/api/features?token=zzzzqq") == {"total": 0, "offset": 0, "rows": []}
+
+
+def test_features_of_several_layers_are_filtered_by_them(client: TestClient, tmp_path: Path) -> None:
+    layers = tuple(
+        LayerLatents(name=f"blocks.{i}.hook_resid_mid", layer=i, n_latents=n) for i, n in ((3, 20), (5, D_SAE - 20))
+    )
+    path = make_tiny_index(tmp_path / "index", layers=layers)
+    with open_index(path) as several, TestClient(create_app(several, loader=None), base_url=BASE) as of_several:
+        assert get(of_several, "/api/summary")["layers"] == [3, 5]
+        rows = get(of_several, "/api/features?sort=feature&descending=false&limit=500")["rows"]
+        assert [row["layer"] for row in rows] == [3] * 20 + [5] * (D_SAE - 20)
+        found = get(of_several, "/api/features?layer=3&sort=feature&descending=false")
+        assert [row["feature"] for row in found["rows"]] == list(range(20))
+        assert get(of_several, "/api/features/30")["row"]["layer"] == 5
+        refused = of_several.get("/api/features?layer=4")
+        assert (refused.status_code, refused.json()["error"]["expected"]) == (400, "3, 5")
+    assert get(client, "/api/summary")["layers"] == []
+    assert get(client, "/api/features/30")["row"]["layer"] is None
 
 
 def test_a_row_shows_what_the_feature_promotes(client: TestClient, index: FeatureIndex) -> None:

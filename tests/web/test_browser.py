@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from microtome.features.config import LayerLatents
+
+from ..features.tiny import D_SAE as TINY_D_SAE  # noqa: TID252 – tests share their tiny index
+from ..features.tiny import DEAD as TINY_DEAD  # noqa: TID252
+from ..features.tiny import make_tiny_index  # noqa: TID252
 from .browser import Record, chromium, workbench
 from .live import D_SAE, HOSTILE, HOSTILE_DOCUMENT
 
@@ -130,6 +135,31 @@ def test_sort_and_filters_are_in_the_address(page: Page, live: str) -> None:
     page.go_back()
     expect(page.get_by_label("Which features")).to_have_value("dead")
     expect(page.get_by_label("Lowest density in percent")).to_have_value("1")
+
+
+def test_features_of_several_layers(browser: Browser, tmp_path: Path) -> None:
+    """Of a cross-layer transcoder: each feature says its layer, and the list is filtered by it."""
+    layers = tuple(
+        LayerLatents(name=f"blocks.{i}.hook_resid_mid", layer=i, n_latents=n) for i, n in ((3, 8), (5, TINY_D_SAE - 8))
+    )
+    with workbench(make_tiny_index(tmp_path / "index", layers=layers), model=False) as base:
+        record, page = Record(base), browser.new_page()
+        page.set_default_timeout(20_000)
+        record.watch(page)
+        page.goto(f"{base}/features?sort=feature&order=up&alive=all")
+        expect(page.locator("[data-row='0']")).to_contain_text("layer 3")
+        expect(page.locator("[data-row='9']")).to_contain_text("layer 5")
+        page.get_by_label("Which layer").select_option("layer 3")
+        expect(page).to_have_url(re.compile(r"layer=3"))
+        expect(page.get_by_role("table")).to_have_attribute("aria-rowcount", "8")
+        page.locator("[data-row='4'] a").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Feature 4 reads layer 3")
+        page.go_back()
+        expect(page.get_by_label("Which layer")).to_have_value("3")
+        page.get_by_role("button", name="Clear").click()
+        expect(page.get_by_role("table")).to_have_attribute("aria-rowcount", str(TINY_D_SAE - len(TINY_DEAD)))
+        record.check()
+        page.close()
 
 
 def test_search_by_token(page: Page, live: str) -> None:

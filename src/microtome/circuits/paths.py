@@ -50,8 +50,8 @@ def path_patching(  # noqa: PLR0913 – one keyword a choice
     the path. Positions restrict what is replaced, each prompt's own if given as `[prompts]`.
 
     Raises InputError for a sender that no receiver can read, for logits together with other receivers (whose own effect on
-    the logits would be overwritten), positions that senders and receivers do not have in common, prompts of unequal length,
-    and what the model does not have.
+    the logits would be overwritten), positions that senders and receivers do not have in common or up to which clean and corrupt
+    prompt are the same, prompts of unequal length, and what the model does not have.
     """
     work = _Work(
         pair(model, clean, corrupt),
@@ -148,6 +148,13 @@ class _Work:
             "Give both the same positions, or leave one out",
         )
         self.written: Columns = written & differing(self.prompts) & self.read
+        _check_common(
+            self.written,
+            "The clean and the corrupt prompt are the same up to all positions at which something is sent and received, so no "
+            "path carries a difference",
+            f"senders at {at[0]}, receivers at {at[1]}",
+            "Give positions from the first token on that differs, or leave out prompts that are the same",
+        )
         # Receivers' inputs are replaced from the first column on that a sender can have changed.
         self.replaced: Columns = self.read & self.written.cummax(dim=1).values
         self.engine = Engine(model, self.prompts.clean, max_rows=max_rows)

@@ -55,8 +55,8 @@ class Options(CommandOptions):
     """What the other edges carry: counterfactual, mean or resample."""
     curve: bool = False
     """Measure circuits of growing size too (CPR and CMD), beside a random one."""
-    seed: int = 0
-    """Of the random circuit, and of resampling."""
+    seed: int | None = None
+    """Of the random circuit of --curve, and of --replace resample (not said: 0)."""
     model: str = "smollm2-135m"
     """Built-in name, Hugging Face id, local folder or GGUF file."""
     dtype: DTypeName = "fp32"
@@ -83,7 +83,7 @@ def run(options: Options) -> dict[str, Any]:
 
     model = load_model(options.model, dtype=options.dtype, device=options.device)
     metric = logit_difference(model, list(options.answer), list(options.wrong))
-    shared: dict[str, Any] = {"replace": options.replace, "rows": options.rows, "seed": options.seed}
+    shared: dict[str, Any] = {"replace": options.replace, "rows": options.rows, "seed": options.seed or 0}
     on = circuit_runner(model, list(options.clean), list(options.corrupt), metric, **shared)
     found, more = (Circuit.load(options.circuit), {}) if options.circuit else _found(options, on)
     result = {
@@ -110,6 +110,12 @@ def _check(options: Options) -> None:
         raise ConfigError(f"{options.out} is already there", fix="Choose another name, or say --overwrite")
     if options.edges is not None and options.edges < 1:
         raise ConfigError("A circuit cannot have so many edges", got=options.edges, expected="1 or more")
+    if options.seed is not None and not options.curve and options.replace != "resample":
+        raise ConfigError(
+            "Nothing is drawn, so --seed would change nothing",
+            got=f"--seed {options.seed}",
+            fix="Leave it out, or say --replace resample or --curve",
+        )
     said = [name for name in _SEARCH if getattr(options, name) is not None]
     if options.circuit is not None and options.curve:
         raise ConfigError("A curve is of circuits of growing size, not of one", fix="Leave out --circuit or --curve")
@@ -146,7 +152,7 @@ def _found(options: Options, on: "CircuitRunner") -> tuple["Circuit", dict[str, 
     )  # fmt: skip
     found = prune(model, scores, search["edges"], how=how, by=by)
     if search["method"] == "acdc":
-        by_kl = circuit_runner(model, *texts, replace=options.replace, rows=options.rows, seed=options.seed)
+        by_kl = circuit_runner(model, *texts, replace=options.replace, rows=options.rows, seed=options.seed or 0)
         found = acdc(by_kl, tau=tau, begin=found)
         if not found.n_edges:
             raise ConfigError("No edge is worth its place at this --tau", got=tau, fix="Choose a smaller one")
@@ -154,7 +160,7 @@ def _found(options: Options, on: "CircuitRunner") -> tuple["Circuit", dict[str, 
         return found, {}
     curves = {
         "curve": faithfulness_curve(on, scores, how=how, by=by),
-        "random": faithfulness_curve(on, random_scores(on.graph, options.seed), how=how),
+        "random": faithfulness_curve(on, random_scores(on.graph, options.seed or 0), how=how),
     }
     return found, {name: curve.to_json() for name, curve in curves.items()}
 

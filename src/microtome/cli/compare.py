@@ -23,7 +23,8 @@ class Options(TextOptions):
     """Measure several dictionaries on the same tokens: a table, and L0 against FVU and against CE recovered."""
 
     dictionaries: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Their folders; demo, hf://… and release/id may be among them."""
+    """Their folders; demo, hf://… and release/id may be among them, and folders of one dictionary for each of several points,
+    each of which counts as one."""
     n_tokens: int = 131_072
     """Tokens for reconstruction figures."""
     function_tokens: int = 16_384
@@ -40,13 +41,13 @@ def run(options: Options) -> dict[str, Any]:
     """Compare, write what was asked for, and return the table."""
     from microtome.common.artifacts import write_json
     from microtome.common.config import to_dict
-    from microtome.dictionary import EvaluateConfig, compare, load_any_dictionary
+    from microtome.dictionary import EvaluateConfig, compare, load_dictionary_or_set
     from microtome.dictionary.measures import finite
 
     config = EvaluateConfig(
         n_tokens=options.n_tokens, function_tokens=options.function_tokens, whole_only=options.whole_only
     )
-    opened = [load_any_dictionary(name) for name in options.dictionaries]
+    opened = [load_dictionary_or_set(name) for name in options.dictionaries]
     model = options.load_model()
     dictionaries = [dictionary.to(model.device) for dictionary in opened]
     dataset = options.load_tokens(model, place(options.dictionaries[0]))
@@ -109,8 +110,8 @@ def _draw(found: "Comparison", folder: Path) -> list[str]:
 
 
 def show(result: dict[str, Any]) -> str:
-    """The table, then what was written."""
-    columns = list(result["table"][0])
+    """The table, but for columns that no dictionary has; then what was written."""
+    columns = [name for name in result["table"][0] if any(row[name] is not None for row in result["table"])]
     cells = [[_cell(row[column]) for column in columns] for row in result["table"]]
     heads = [column.replace("_", " ") for column in columns]
     widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(len(columns))]

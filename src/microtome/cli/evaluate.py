@@ -9,6 +9,7 @@ import tyro
 
 from microtome.cli.data import TextOptions
 from microtome.cli.options import lines
+from microtome.common.errors import ConfigError
 
 METRICS = "metrics.json"
 
@@ -19,20 +20,25 @@ class Options(TextOptions):
     asked for, sparse probing, absorption, SCR, TPP and disentanglement."""
 
     dictionary: Annotated[str, tyro.conf.Positional]
-    """The folder of the dictionary, or whatever else names one: demo, hf://…, release/id."""
+    """The folder of the dictionary, or whatever else names one: demo, hf://…, release/id. A folder of one dictionary for
+    each of several points (as --per-layer makes them) is measured as a whole."""
     n_tokens: int = 131_072
     """Tokens for reconstruction figures."""
     function_tokens: int = 16_384
-    """Tokens of these for CE and KL (four full forward passes each, and three for each point of several)."""
+    """Tokens of these for CE and KL (four full forward passes each; of several points one more for all, and three for each)."""
     whole_only: bool = False
     """Of a dictionary that writes several points: no CE and KL with each of these alone replaced."""
     metrics: tuple[str, ...] = ()
-    """core, geometry, probing, absorption, scr, tpp, ravel (not said: core and geometry; of a cross-layer transcoder core
+    """core, geometry, probing, absorption, scr, tpp, ravel (not said: core and geometry; of a cross-layer transcoder or a set core
     alone). Only core needs a corpus."""
     probe_data: Path | None = None
-    """JSONL with text and label on each line, for probing, SCR and TPP (else the built-in tasks)."""
+    """JSONL, CSV or Parquet with the columns text and label, for probing, SCR and TPP (else the built-in tasks)."""
     entity_data: Path | None = None
-    """JSONL with entities, their attributes and prompts, for ravel (else two dozen cities)."""
+    """JSONL with entities, their attributes and prompts, for ravel (else four dozen cities)."""
+    mask_steps: int | None = None
+    """For ravel: steps in which the mask of each attribute is learned (not said: 40; 0: no mask)."""
+    mask_sparsity: float | None = None
+    """For ravel: the price of a latent in a mask's loss, in nats (not said: 0.001)."""
     out: Path | None = None
     """Where to write the figures as JSON (default: metrics.json in the dictionary's folder, NAME-metrics.json for one that is
     in no folder here)."""
@@ -42,14 +48,15 @@ def run(options: Options) -> dict[str, Any]:
     """Evaluate, write the figures, and return them."""
     from microtome.common.artifacts import write_json
     from microtome.common.config import to_dict
-    from microtome.dictionary import Dictionary, EvaluateConfig, evaluate, load_any_dictionary
+    from microtome.dictionary import Dictionary, EvaluateConfig, evaluate, load_dictionary_or_set
     from microtome.dictionary.measures import Measures, check_names, finite
 
     check_names(options.metrics)
+    data = _data(options)
     config = EvaluateConfig(
         n_tokens=options.n_tokens, function_tokens=options.function_tokens, whole_only=options.whole_only
     )
-    sae = load_any_dictionary(options.dictionary)
+    sae = load_dictionary_or_set(options.dictionary)
     # The decoder rows of a cross-layer transcoder of many layers fill the memory, if each is written out for all of them.
     metrics = options.metrics or (("core", "geometry") if isinstance(sae, Dictionary) else ("core",))
     model = options.load_model()
@@ -64,10 +71,41 @@ def run(options: Options) -> dict[str, Any]:
         evaluation = evaluate(model, sae, dataset, config)
         figures = finite({**to_dict(evaluation), "notes": list(evaluation.notes)})
         about = {"dataset": dataset.config["corpus"], "part": options.part, **about}
+    measures = Measures(model, sae, **data)
+    for name in metrics:
+        figures |= measures.run([name])
         write_json(out, {**figures, **about})  # it stays, whatever becomes of the others
-    figures |= Measures(model, sae, options.probe_data, options.entity_data).run(metrics)
-    write_json(out, {**figures, **about})
     return {"out": str(out), **figures}
+
+
+def _data(options: Options) -> dict[str, Any]:
+    """What the metrics work on: texts, entities, and how masks are learned. Raises ConfigError for options of a metric that was
+    not asked for, InputError for texts that do not suffice."""
+    from microtome.dictionary.entities import read_entities
+    from microtome.dictionary.labelled import read_labelled
+    from microtome.dictionary.masks import MaskConfig
+    from microtome.dictionary.measures import check_texts
+
+    readers = {
+        "probe_data": ("probing", "scr", "tpp"),
+        **dict.fromkeys(("entity_data", "mask_steps", "mask_sparsity"), ("ravel",)),
+    }
+    for name, metrics in readers.items():
+        if getattr(options, name) is not None and not set(metrics) & set(options.metrics):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is read by {' and '.join(metrics)} alone",
+                got=f"--metrics {' '.join(options.metrics)}" if options.metrics else "no --metrics",
+                fix=f"Leave it out, or say --metrics {metrics[0]}",
+            )
+    if options.mask_steps == 0 and options.mask_sparsity is not None:
+        raise ConfigError("Without steps there is no mask", got="--mask-steps 0 --mask-sparsity", fix="Leave one out")
+    said: dict[str, Any] = {"steps": options.mask_steps, "sparsity": options.mask_sparsity}
+    mask = None if options.mask_steps == 0 else MaskConfig(**{k: v for k, v in said.items() if v is not None})
+    texts = None if options.probe_data is None else read_labelled(options.probe_data)
+    if texts is not None:
+        check_texts(options.metrics, texts)
+    entities = None if options.entity_data is None else read_entities(options.entity_data)
+    return {"texts": texts, "entities": entities, "mask": mask}
 
 
 def place(dictionary: str) -> Path:
@@ -129,7 +167,8 @@ def _short(value: float | None, form: str = ".3f") -> str:
 def _estimate(figure: Mapping[str, Any] | None) -> str:
     if figure is None or figure["value"] is None:
         return "–"
-    return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+    interval = "" if figure["low"] is None else f" ({figure['low']:.3f} to {figure['high']:.3f})"
+    return f"{figure['value']:.3f}{interval}"
 
 
 def _geometry(found: Mapping[str, Any]) -> list[str]:
@@ -146,7 +185,8 @@ def _probing(found: Mapping[str, Any]) -> list[str]:
         sparse = "  ".join(f"top {k} {figure['value']:.3f}" for k, figure in task["sparse"].items())
         name = f"{task['task']}: {task['attribute']}"
         whole = f"all {task['all_latents']['value']:.3f}  model {_estimate(task['model'])}  chance {task['chance']:.2f}"
-        rows.append(f"  {name:<34}{sparse}  {whole}")
+        unknown = task["model"]["low"] is None or task["model"]["low"] <= task["chance"]
+        rows.append(f"  {name:<34}{sparse}  {whole}{'; the model does not tell these apart' if unknown else ''}")
     mean = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found["mean"].items())
     return [*rows, f"  mean  {mean}"]
 
@@ -156,7 +196,8 @@ def _absorption(found: Mapping[str, Any]) -> list[str]:
         f"  {name.replace('_', ' ')}: {_estimate(found[name])}"
         for name in ("splits", "fraction", "full", "probe_f1", "sparse_f1", "spelling")
     ]
-    return [*said, f"  chance of the model's spelling: {found['chance']:.3f}; {found['n_words']} words"]
+    said.append(f"  chance of the model's spelling: {found['chance']:.3f}; {found['n_words']} words")
+    return [*said, *(f"  note: {note}" for note in found["notes"])]
 
 
 def _scr(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -187,9 +228,15 @@ def _ravel(found: Mapping[str, Any]) -> list[str]:
         f"  the model on {one['attribute']}: {one['accuracy']:.3f} (chance {one['chance']:.3f})"
         for one in found["answered"]
     ]
-    for one in (*found["by_count"], found["whole"]):
-        causes = ", ".join(f"{name} {_estimate(figure)}" for name, figure in one["cause"].items())
-        rows.append(f"  {one['n_latents']} latents: {_estimate(one['score'])}; cause: {causes}")
+    chosen = {f"{n} latents": one for n, one in found["by_count"].items()} | {"learned mask": found["masked"]}
+    for name, one in {**chosen, "all latents": found["whole"]}.items():
+        if one is None:
+            continue
+        rows.append(f"  {name}: {_estimate(one['score'])}")
+        for attribute, cause in one["cause"].items():
+            kept = ", ".join(f"{other} {_estimate(figure)}" for other, figure in one["isolation"][attribute].items())
+            n = "" if name != "learned mask" else f" ({one['n_latents'][attribute]:.4g} latents)"
+            rows.append(f"    {attribute}{n}: cause {_estimate(cause)}; isolation of {kept}")
     return rows
 
 

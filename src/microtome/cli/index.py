@@ -15,7 +15,7 @@ class Options(TextOptions):
     """Go once over a corpus and keep, for every latent, its statistics and examples."""
 
     dictionary: Annotated[Path, tyro.conf.Positional]
-    """The folder of the dictionary."""
+    """The folder of the dictionary, or of one for each of several points (as --per-layer makes them)."""
     out: Path
     """The folder of the index."""
     store: Path | None = None
@@ -40,13 +40,13 @@ def run(options: Options) -> dict[str, Any]:
     from microtome.cli.evaluate import METRICS
     from microtome.common.artifacts import read_json
     from microtome.common.progress import Timer
-    from microtome.dictionary import load_dictionary
+    from microtome.dictionary import load_dictionary_or_set
     from microtome.features import IndexConfig, build_index
 
     config = IndexConfig(
         top=options.top, bands=options.bands, per_band=options.per_band, window=options.window, seed=options.seed
     )
-    sae = load_dictionary(options.dictionary)
+    sae = load_dictionary_or_set(options.dictionary)
     model = options.load_model()
     dataset = options.load_tokens(model, options.out)
     figures = read_json(options.dictionary / METRICS) if (options.dictionary / METRICS).exists() else {}

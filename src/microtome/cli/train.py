@@ -32,7 +32,8 @@ class Options(TextOptions):
     output_hook: tuple[str, ...] = ()
     """Predict this point from --hook: a transcoder."""
     per_layer: bool = False
-    """One transcoder for each pair of --hook and --output-hook, all on one stream."""
+    """One transcoder for each pair of --hook and --output-hook (without these one autoencoder for each --hook), all on one
+    stream."""
     cross_layer: bool = False
     """A cross-layer transcoder: each --hook writes to its own --output-hook and all later ones."""
     architecture: Literal["topk", "batchtopk", "matryoshka", "standard", "p_anneal", "gated", "jumprelu"] = "topk"
@@ -102,6 +103,13 @@ class Options(TextOptions):
 
         if self.configs is not None:
             return read_configs(self.configs)
+        if self.cross_layer and (self.per_layer or not self.output_hook):
+            got = "--per-layer as well" if self.per_layer else "no --output-hook"
+            raise ConfigError(
+                "A cross-layer transcoder is one dictionary that predicts other points than it reads",
+                got=got,
+                expected="--cross-layer with --hook and --output-hook, or --per-layer alone",
+            )
         settings: dict[str, Any] = {
             "architecture": self.architecture,
             "d_sae": self.d_sae,

@@ -16,24 +16,30 @@ from microtome.dictionary.config import (
 )
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary, Origin
+from microtome.dictionary.dictionary_set import DictionarySet
 from microtome.dictionary.disentanglement import Disentanglement, disentanglement
 from microtome.dictionary.entities import Entities, cities, read_entities
 from microtome.dictionary.evaluate import EvaluateConfig, Evaluation, evaluate, evaluate_all
 from microtome.dictionary.formats import (
+    DictionaryOrSet,
     load_any_dictionary,
     load_cross_layer_transcoder,
     load_dictionaries,
     load_dictionary,
+    load_dictionary_or_set,
+    load_dictionary_set,
     read_dictionary,
     save_dictionary,
 )
 from microtome.dictionary.geometry import Geometry, geometry
 from microtome.dictionary.labelled import EncodedTexts, LabelledTexts, encode_texts, read_labelled
 from microtome.dictionary.letters import FirstLetters, first_letters
+from microtome.dictionary.masks import MaskConfig
 from microtome.dictionary.probe_tasks import built_in_tasks
 from microtome.dictionary.probing import Probing, probing
+from microtome.dictionary.replacement import as_replacement, replacement_logits
 from microtome.dictionary.similarity import Similarity, similarity
-from microtome.dictionary.surface import SparseDictionary
+from microtome.dictionary.surface import LayeredDictionary, SparseDictionary
 from microtome.dictionary.targeted import scr, tpp
 from microtome.dictionary.trainer import TrainConfig, train, train_cross_layer
 
@@ -44,6 +50,8 @@ __all__ = [
     "CrossLayerTranscoder",
     "Dictionary",
     "DictionaryConfig",
+    "DictionaryOrSet",
+    "DictionarySet",
     "Disentanglement",
     "EncodedTexts",
     "Entities",
@@ -54,6 +62,8 @@ __all__ = [
     "Geometry",
     "JumpReLUConfig",
     "LabelledTexts",
+    "LayeredDictionary",
+    "MaskConfig",
     "MatryoshkaConfig",
     "Origin",
     "PAnnealConfig",
@@ -65,6 +75,7 @@ __all__ = [
     "TopKConfig",
     "TrainConfig",
     "absorption",
+    "as_replacement",
     "built_in_tasks",
     "cities",
     "compare",
@@ -78,11 +89,14 @@ __all__ = [
     "load_cross_layer_transcoder",
     "load_dictionaries",
     "load_dictionary",
+    "load_dictionary_or_set",
+    "load_dictionary_set",
     "parse_config",
     "probing",
     "read_dictionary",
     "read_entities",
     "read_labelled",
+    "replacement_logits",
     "save_dictionary",
     "scr",
     "similarity",

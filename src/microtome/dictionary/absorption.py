@@ -25,14 +25,15 @@ from microtome.common.progress import progress
 from microtome.dictionary.fit import check_fit
 from microtome.dictionary.intervals import Estimate
 from microtome.dictionary.labelled import EncodedTexts, in_decoder_units
-from microtome.dictionary.letters import FirstLetters, first_letters, spelling_accuracy
+from microtome.dictionary.letters import FirstLetters, by_beginning, first_letters, spelling_accuracy
 from microtome.dictionary.logistic import fit_probes
 from microtome.dictionary.probing import SEEDS, ranked_latents
-from microtome.dictionary.surface import Read, SparseDictionary, decoder_rows
+from microtome.dictionary.surface import Read, SparseDictionary, decoder_rows, points
 from microtome.dictionary.targeted import probe_direction
 from microtome.model import HookedModel
 
 LEAST_GAIN, MOST_SPLIT = 0.03, 10
+LEAST_SPELLING, LEAST_PROBE_F1 = 0.8, 0.8  # below these the figures come with a note
 _PROPORTION, _FRACTION_COSINE, _FULL_COSINE, _ABSORBERS = 0.4, 0.1, 0.025, 3
 
 
@@ -55,7 +56,7 @@ class Letter:
 @dataclass(frozen=True, kw_only=True)
 class Absorption:
     """Means over letters, with intervals over letters. `spelling` is how often the model itself names the first letter, and
-    `chance` what guessing gives; a model near chance gives figures that say little."""
+    `chance` what guessing gives. `notes` says where the model or the probes are too weak for the figures to mean much."""
 
     letters: tuple[Letter, ...]
     splits: Estimate
@@ -66,6 +67,7 @@ class Absorption:
     spelling: Estimate | None
     chance: float
     n_words: int
+    notes: tuple[str, ...]
 
 
 def absorption(
@@ -74,8 +76,8 @@ def absorption(
     *,
     task: FirstLetters | None = None,
     seeds: Sequence[int] = SEEDS,
-    per_letter: int = 100,
-    spell: int = 100,
+    per_letter: int = 300,
+    spell: int = 300,
 ) -> Absorption:
     """Splitting and absorption of a dictionary. `task` (else words drawn from the vocabulary, `per_letter` of each letter);
     `spell` words are used to ask the model itself.
@@ -90,17 +92,19 @@ def absorption(
 
 @torch.no_grad()
 def encode_words(
-    model: HookedModel, dictionary: SparseDictionary, task: FirstLetters, *, rows: int = 32
+    model: HookedModel, dictionary: SparseDictionary, task: FirstLetters, *, rows: int = 256
 ) -> EncodedTexts:
     """x, y and codes at the last token of each prompt; one attribute for each letter."""
-    parts = []
+    order, parts = [], []
     with progress(len(task.words), "encode words", "words") as bar:
-        for tokens in task.prompts.split(rows):
-            read = Read.of(model, tokens, [dictionary])
+        for which, begun in by_beginning(model, task.prompts, rows=rows):
+            read = Read(begun.activations(task.prompts[which], points([dictionary])))
             x, y = read.x(dictionary)[:, -1], read.y(dictionary)[:, -1]
             parts.append((x.cpu(), y.cpu(), in_decoder_units(dictionary, x)))
-            bar.advance(len(tokens))
-    x, y, codes = (torch.cat(part) for part in zip(*parts, strict=True))
+            order.append(which)
+            bar.advance(len(which))
+    back = torch.cat(order).argsort()
+    x, y, codes = (torch.cat(part)[back] for part in zip(*parts, strict=True))
     return EncodedTexts(
         name="first letter",
         attributes=task.letters,
@@ -153,7 +157,29 @@ def absorbed_letters(
         for i, letter in enumerate(words.attributes)
     )
     estimates = {name: Estimate.of_mean(values) for name, values in found.items()}
-    return Absorption(letters=letters, spelling=spelling, chance=1 / n_letters, n_words=len(words.labels), **estimates)
+    return Absorption(
+        letters=letters,
+        spelling=spelling,
+        chance=1 / n_letters,
+        n_words=len(words.labels),
+        notes=_notes(estimates["probe_f1"], spelling, 1 / n_letters),
+        **estimates,
+    )
+
+
+def _notes(probe_f1: Estimate, spelling: Estimate | None, chance: float) -> tuple[str, ...]:
+    found = []
+    if spelling is not None and spelling.value < LEAST_SPELLING:
+        found.append(
+            f"The model names the first letter of {spelling.value:.2f} of the words (chance {chance:.2f}; here {LEAST_SPELLING} "
+            "is asked for): it does not do the task well enough for absorption to mean much."
+        )
+    if not probe_f1.value >= LEAST_PROBE_F1:
+        found.append(
+            f"The letters' probes have F1 {probe_f1.value:.2f} (here {LEAST_PROBE_F1} is asked for): their directions are rough, "
+            "and so is what is absorbed of them. More words for each letter help."
+        )
+    return tuple(found)
 
 
 def _training_words(words: EncodedTexts, seed: int) -> Bool[Tensor, " word"]:

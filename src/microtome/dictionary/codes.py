@@ -38,6 +38,17 @@ class SparseCodes:
         """How many latents fire on each row."""
         return (self.values > 0).sum(1).to(self.values.dtype)
 
+    def within(self, first: int, stop: int) -> "SparseCodes":
+        """Of the latents `first` … `stop − 1` alone, numbered from zero."""
+        inside = (self.indices >= first) & (self.indices < stop) & (self.values != 0)
+        counts = inside.sum(1)
+        rows, places = inside.nonzero(as_tuple=True)
+        to = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        width = max(1, int(counts.max()) if len(counts) else 1)
+        indices, values = (each.new_zeros(len(each), width) for each in (self.indices, self.values))
+        indices[rows, to], values[rows, to] = self.indices[rows, places] - first, self.values[rows, places]
+        return SparseCodes(indices, values, stop - first)
+
     def times(self, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
         """Each row's weighted sum of decoder rows, f W_dec."""
         return functional.embedding_bag(self.indices, W_dec, per_sample_weights=self.values, mode="sum")

@@ -19,7 +19,8 @@ from microtome.text import TokenDataset
 
 COLUMNS = (
     *("name", "architecture", "outputs", "d_sae", "l0", "fvu", "fvu_without_sinks"),
-    *("ce_recovered", "ce_recovered_mean", "delta_ce", "dead_fraction", "n_dense", "on_front"),
+    *("ce_recovered", "ce_recovered_mean", "delta_ce", "delta_ce_replaced", "top1_replaced"),
+    *("dead_fraction", "n_dense", "on_front"),
 )
 
 

@@ -1,9 +1,10 @@
 """`CrossLayerTranscoder`: latents that read one layer and write that layer and all later ones.
 
-    f^l = activation(x^l W_enc^l + b_enc^l)        ŷ^j = Σ_{l ≤ j} f^l W_dec^{l→j} + b_dec^j
+    f^l = activation(x^l W_enc^l + b_enc^l)        ŷ^j = Σ_{l ≤ j} f^l W_dec^{l→j} + b_dec^j + x^j W_skip^j
 
 (Ameisen et al. 2025, "Circuit Tracing", transformer-circuits.pub/2025/attribution-graphs/methods.html.) x and y are the
-activations of all L points one behind the other; latent i of layer l has the number l · width + i.
+activations of all L points one behind the other; latent i of layer l has the number l · width + i. W_skip is a linear path
+beside the latents, which some released ones have (as circuit-tracer saves them); those trained here have none.
 """
 
 import hashlib
@@ -26,11 +27,18 @@ class CrossLayerTranscoder(nn.Module):
     """L = len(origin.inputs) layers of `width` latents each, on activations of size `d_model`.
 
     `encoder` [L, width, d_model] holds each W_enc^l transposed; `W_dec[l]` [width, L − l, d_model] is what layer l's latents
-    write to layers l, l+1, …; `activation` is one for all L · width latents, or one a layer.
+    write to layers l, l+1, …; `activation` is one for all L · width latents, or one a layer; `W_skip` [L, d_model, d_model]
+    is there with `skip`.
     """
 
     def __init__(
-        self, d_model: int, width: int, activation: Activation | Sequence[Activation], *, origin: Origin
+        self,
+        d_model: int,
+        width: int,
+        activation: Activation | Sequence[Activation],
+        *,
+        origin: Origin,
+        skip: bool = False,
     ) -> None:
         super().__init__()
         layers = len(origin.inputs)
@@ -58,6 +66,7 @@ class CrossLayerTranscoder(nn.Module):
         self.W_dec = nn.ParameterList([torch.zeros(width, layers - layer, d_model) for layer in range(layers)])
         self.b_enc = nn.Parameter(torch.zeros(layers, width))
         self.b_dec = nn.Parameter(torch.zeros(layers, d_model))
+        self.W_skip = nn.Parameter(torch.zeros(layers, d_model, d_model)) if skip else None
 
     # ---- what it is ---------------------------------------------------------------------------------------------------
 
@@ -112,8 +121,8 @@ class CrossLayerTranscoder(nn.Module):
         return SparseCodes(indices, torch.cat([part.values for part in parts], 1), self.d_sae)
 
     def decode(self, codes: SparseCodes, x: Float[Tensor, "n d_in"] | None = None) -> Float[Tensor, "n d_out"]:
-        """The prediction for all layers: each latent's decoder rows for its own and all later layers, plus b_dec. `x` is
-        not needed; a Dictionary's decode takes it too."""
+        """The prediction for all layers: each latent's decoder rows for its own and all later layers, plus b_dec. Only a
+        skip path needs `x`. Raises InputError where it is not given, and for codes of another dictionary."""
         if codes.d_sae != self.d_sae:
             raise InputError("These codes are of another dictionary", got=f"{codes.d_sae} latents", expected=self.d_sae)
         n = len(codes.values)
@@ -127,18 +136,23 @@ class CrossLayerTranscoder(nn.Module):
             values = codes.values[rows, places]
             written = functional.embedding_bag(latents, weight, starts, per_sample_weights=values, mode="sum")
             total = total + functional.pad(written, (layer * self.d_model, 0))
-        return total
+        if self.W_skip is None:
+            return total
+        inputs = self._needed(x).unflatten(1, (self.n_layers, self.d_model))
+        return total + torch.einsum("nld,ldo->nlo", inputs, self.W_skip).flatten(1)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The prediction for activations of any leading shape, in their own dtype."""
         rows = x.reshape(-1, self.d_in)
-        return self.decode(self.encode(rows)).to(x.dtype).view(*x.shape[:-1], self.d_out)
+        return self.decode(self.encode(rows), rows).to(x.dtype).view(*x.shape[:-1], self.d_out)
 
     @torch.no_grad()
     def fold_scales(self, inputs: Float[Tensor, " layers"], outputs: Float[Tensor, " layers"]) -> None:
         """Make one that was trained on `inputs[l] · x^l` and `outputs[l] · y^l` work on x and y themselves. The codes stay."""
         self.encoder.mul_(inputs[:, None, None])
         self.b_dec.div_(outputs[:, None])
+        if self.W_skip is not None:
+            self.W_skip.mul_((inputs / outputs)[:, None, None])
         for layer in self._layers():
             self.W_dec[layer].div_(outputs[layer:, None])
 
@@ -155,11 +169,55 @@ class CrossLayerTranscoder(nn.Module):
         for activation, factor in zip(self._activations, norms.flatten().chunk(len(self.activations)), strict=True):
             activation.scale_(factor)
 
+    # ---- layer by layer -----------------------------------------------------------------------------------------------
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether a layer's codes depend on its own input alone; not where one TopK chooses among the latents of all."""
+        return self.n_layers == 1 or len(self.activations) > 1 or self.k is None
+
+    def layer_latents(self) -> list[slice]:
+        """The latents that read each layer."""
+        return [self._slice(layer) for layer in self._layers()]
+
+    def sources(self, layer: int) -> range:
+        """The layers whose latents write to this one."""
+        return range(layer + 1)
+
+    def encode_layer(self, layer: int, x: Float[Tensor, "n d_model"]) -> SparseCodes:
+        """The codes of one layer over its own `width` latents. Raises ConfigError unless `by_layer`."""
+        require(
+            self.by_layer,
+            "The layers of this cross-layer transcoder cannot be encoded one by one",
+            got=f"one choice of {self.k} latents among those of {self.n_layers} layers",
+        )
+        bias = self.b_enc[layer]
+        pre = functional.linear(x.to(bias.dtype), self.encoder[layer], bias)
+        return self._activation_of(layer).codes(pre, bias)
+
+    def decode_layer(
+        self, layer: int, codes: Sequence[SparseCodes], x: Float[Tensor, "n d_model"] | None = None
+    ) -> Float[Tensor, "n d_model"]:
+        """The prediction for one layer from the codes of its `sources`."""
+        written = [
+            each.times(self.W_dec[source][:, layer - source])
+            for source, each in zip(self.sources(layer), codes, strict=True)
+        ]
+        out = torch.stack(written).sum(0) + self.b_dec[layer]
+        return out if self.W_skip is None else out + self._needed(x) @ self.W_skip[layer]
+
     def layer_activations(self) -> list[Activation]:
         """An activation for each layer. One that chooses among the latents of all layers (TopK) chooses in each."""
-        if len(self._activations) == self.n_layers:
-            return self._activations
-        return [self._activations[0].of_latents(self._slice(layer)) for layer in self._layers()]
+        return [self._activation_of(layer) for layer in self._layers()]
+
+    def _activation_of(self, layer: int) -> Activation:
+        one_each = len(self._activations) == self.n_layers
+        return self._activations[layer] if one_each else self._activations[0].of_latents(self._slice(layer))
+
+    def _needed(self, x: Float[Tensor, "n d"] | None) -> Float[Tensor, "n d"]:
+        if x is None:
+            raise InputError("A dictionary with a skip path decodes only beside its input", fix="Pass x as well")
+        return x.to(self.b_dec.dtype)
 
     @property
     def _activations(self) -> list[Activation]:

@@ -165,9 +165,9 @@ class CrossLayerDecoder(Decoder):
 def _take_out_growth(rows: Tensor) -> None:
     """Take out of the gradient of rows what lies along them."""
     if rows.grad is not None:
-        squares = rows.square().sum(-1, keepdim=True).clamp_min(1e-12)
-        along = (rows.grad * rows).sum(-1, keepdim=True) / squares
-        rows.grad.addcmul_(along, rows, value=-1)
+        squares = rows.norm(dim=-1).square().clamp_min(1e-12)
+        along = torch.einsum("...d,...d->...", rows.grad, rows) / squares
+        rows.grad.addcmul_(along[..., None], rows, value=-1)
 
 
 def _of_member(values: Entries, kept: Kept, member: int) -> tuple[Entries, Kept]:

@@ -1,34 +1,40 @@
 """Disentanglement in the way of RAVEL (Huang et al. 2024, 2402.17700; as a score of dictionaries in SAEBench, 2503.09532).
 
-For an attribute, say the country of a city: choose the n latents whose codes at the city's last token tell its values
-apart best. Then, in a prompt about one city, give these latents the codes that another city has (what the dictionary does
-not explain stays). *Cause*: the model now names the other city's country. *Isolation*: asked for something else, the
-language, it still names the first city's. The score of two attributes is the mean of both causes and both isolations.
+For an attribute, say the country of a city: choose latents. Then, in a prompt about one city, give these latents the codes
+that another city has at its last token (what the dictionary does not explain stays). *Cause*: the model now names the other
+city's country. *Isolation*: asked for something else, the language, it still names the first city's. The score of two
+attributes is the mean of both causes and both isolations.
 
-The model answers with the likeliest of the attribute's values. Only cities that it answers rightly when left alone count.
+Latents are chosen on one half of the entities, and the figures are of pairs within the other half. The halves are drawn anew
+with each seed, and entities of the same values are spread over both. Two ways to choose: the n latents whose codes tell the
+values apart best, and a learned mask (`masks.py`).
+
+The model answers with the likeliest of the attribute's values. Only entities that it answers rightly when left alone count.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
-from microtome.common.errors import InputError
 from microtome.common.progress import Progress, progress
+from microtome.dictionary.asking import Asked, States, ask, states_of
 from microtome.dictionary.entities import Entities, cities
 from microtome.dictionary.fit import check_fit
 from microtome.dictionary.intervals import Estimate
-from microtome.dictionary.labelled import in_decoder_units
-from microtome.dictionary.splice import parts_of, spliced
-from microtome.dictionary.surface import Read, SparseDictionary, decoder_rows
+from microtome.dictionary.masks import MaskConfig, learn_mask
+from microtome.dictionary.splice import parts_of
+from microtome.dictionary.surface import SparseDictionary, decoder_rows
 from microtome.model import HookedModel
-from microtome.model.prompts import Prompts
 
 COUNTS = (4, 16, 64)
 SEEDS = (0, 1, 2)
+Choice = Mapping[str, Float[Tensor, " d_sae"]]  # for each attribute the share by which each latent is exchanged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +48,12 @@ class Answered:
 
 @dataclass(frozen=True, kw_only=True)
 class Disentangled:
-    """Figures by the number of latents exchanged. `cause[attribute]` and `isolation[attribute][other]` are None where the
-    model could answer for no pair of entities."""
+    """Figures of one choice of latents. `n_latents[attribute]` is how many are exchanged (the mean over seeds), `latents` those
+    of the first seed, in no order; `cause[attribute]` and `isolation[attribute][other]` are None where the model could answer
+    for no pair of entities."""
 
-    n_latents: int
+    n_latents: dict[str, float]
+    latents: dict[str, tuple[int, ...]]
     score: Estimate | None
     cause: dict[str, Estimate | None]
     isolation: dict[str, dict[str, Estimate | None]]
@@ -53,36 +61,18 @@ class Disentangled:
 
 @dataclass(frozen=True, kw_only=True)
 class Disentanglement:
-    """RAVEL's figures of one dictionary. `whole` exchanges all latents: the most cause that the dictionary can have at this
-    place, and no choice of latents. `best` is the number of latents with the highest score."""
+    """RAVEL's figures of one dictionary. `by_count` has the latents that tell values apart best, by their number; `best` is
+    the number with the highest score. `masked` has those of a learned mask, if one was asked for. `whole` exchanges all
+    latents: the most cause that the dictionary can have at this place, and no choice (its `latents` are not listed)."""
 
     entities: str
     n_entities: int
     n_pairs: int
     answered: tuple[Answered, ...]
-    by_count: tuple[Disentangled, ...]
+    by_count: dict[str, Disentangled]
+    masked: Disentangled | None
     whole: Disentangled
     best: int | None
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """One attribute's prompts for all entities: ids with padding, the place of each entity's last token, the answers' ids,
-    and the number of the right one."""
-
-    prompts: Prompts
-    place: Int[Tensor, " entity"]
-    answers: Int[Tensor, " value"]
-    value: Int[Tensor, " entity"]
-
-
-@dataclass(frozen=True)
-class _States:
-    """What flows at the entities' places in one attribute's prompts."""
-
-    codes: Float[Tensor, "entity d_sae"]
-    y: Float[Tensor, "entity d_out"]
-    says: Int[Tensor, " entity"]
 
 
 @torch.no_grad()
@@ -92,25 +82,33 @@ def disentanglement(
     entities: Entities | None = None,
     *,
     counts: Sequence[int] = COUNTS,
+    mask: MaskConfig | None = None,
     seeds: Sequence[int] = SEEDS,
     pairs: int = 12,
     rows: int = 32,
 ) -> Disentanglement:
-    """Cause and isolation on `pairs` pairs of entities for each seed, by the number of latents exchanged.
+    """Cause and isolation on `pairs` pairs of entities for each seed, by the number of latents exchanged, and with a mask
+    learned for each attribute and seed.
 
     Raises ConfigError for a dictionary that does not fit the model, InputError for entities whose answers share their
     first token.
     """
     check_fit(model, dictionary)
     entities = entities or cities()
-    asked = {attribute: _ask(model, entities, attribute) for attribute in entities.prompts}
-    n_runs = (len(counts) + 1) * len(asked) ** 2 * len(seeds) * pairs
-    with progress(n_runs, "disentangle", "runs") as bar:
-        states = {attribute: _states(model, dictionary, ask, rows) for attribute, ask in asked.items()}
-        exchange = _Exchange(model, dictionary, asked, states, rows, bar)
-        drawn = [_pairs(len(entities.values), pairs, seed) for seed in seeds]
-        found = [exchange.figures(count, drawn) for count in (*counts, dictionary.d_sae)]
-    scored = [one for one in found[:-1] if one.score is not None]
+    asked = {attribute: ask(model, entities, attribute) for attribute in entities.prompts}
+    n_masks = mask.steps * len(asked) * len(seeds) if mask else 0
+    n_runs = (len(counts) + 1 + bool(mask)) * len(asked) ** 2 * len(seeds) * pairs
+    with progress(n_runs + n_masks, "disentangle", "runs") as bar:
+        states = {attribute: states_of(dictionary, of, rows) for attribute, of in asked.items()}
+        exchange = Exchange(model, dictionary, asked, states, decoder_rows(dictionary).cpu(), rows, bar)
+        split = [halves_of(entities, seed) for seed in seeds]
+        tested = [_pairs(test, pairs, seed) for (_, test), seed in zip(split, seeds, strict=True)]
+        chosen = {str(n): [exchange.told_apart(n, train) for train, _ in split] for n in (*counts, dictionary.d_sae)}
+        if mask is not None:
+            chosen["mask"] = [exchange.masks(mask, train, seed) for (train, _), seed in zip(split, seeds, strict=True)]
+        found = {name: exchange.figures(choice, tested) for name, choice in chosen.items()}
+    by_count = {str(n): found[str(n)] for n in counts}
+    scores = {int(n): one.score.value for n, one in by_count.items() if one.score is not None}
     return Disentanglement(
         entities=entities.name,
         n_entities=len(entities.values),
@@ -118,124 +116,137 @@ def disentanglement(
         answered=tuple(
             Answered(
                 attribute=attribute,
-                accuracy=float((states[attribute].says == ask.value).double().mean()),
-                chance=1 / len(ask.answers),
+                accuracy=float((states[attribute].says == of.value).double().mean()),
+                chance=1 / len(of.answers),
             )
-            for attribute, ask in asked.items()
+            for attribute, of in asked.items()
         ),
-        by_count=tuple(found[:-1]),
-        whole=found[-1],
-        best=max(scored, key=lambda one: one.score.value if one.score else 0.0).n_latents if scored else None,
+        by_count=by_count,
+        masked=found.get("mask"),
+        whole=replace(found[str(dictionary.d_sae)], latents={}),
+        best=max(scores, key=lambda n: scores[n]) if scores else None,
     )
 
 
-def _ask(model: HookedModel, entities: Entities, attribute: str) -> _Asked:
-    names = list(entities.values)
-    before, _, after = entities.prompts[attribute].partition("{entity}")
-    texts = [f"{before}{name}{after}" for name in names]
-    prompts = model.prompts(texts)
-    place = torch.tensor([len(model.to_tokens(f"{before}{name}")[0]) - 1 for name in names])
-    for text, name, row, last in zip(texts, names, prompts.tokens, place.tolist(), strict=True):
-        if model.to_tokens(f"{before}{name}")[0].tolist() != row[: last + 1].tolist():
-            raise InputError(f"The last token of {name} is not its own", got=text, fix="Put a space behind {entity}")
-    values = sorted({entities.values[name][attribute] for name in names})
-    answers = [int(model.to_tokens(f" {value}", prepend_bos=False)[0, 0]) for value in values]
-    if len(set(answers)) < len(answers):
-        raise InputError(f"Two values of {attribute} begin with the same token", got=", ".join(values))
-    value = torch.tensor([values.index(entities.values[name][attribute]) for name in names])
-    return _Asked(prompts, place, torch.tensor(answers), value)
+def halves_of(entities: Entities, seed: int) -> tuple[Int[Tensor, " train"], Int[Tensor, " test"]]:
+    """The numbers of the entities to choose latents on, and of those to try them on: drawn with `seed`, every second of the
+    entities in the order of their values."""
+    rows = list(entities.values.values())
+    shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.tensor(sorted(shuffled, key=lambda i: [rows[i][attribute] for attribute in entities.prompts]))
+    return order[seed % 2 :: 2].sort().values, order[1 - seed % 2 :: 2].sort().values
 
 
-def _states(model: HookedModel, dictionary: SparseDictionary, ask: _Asked, rows: int) -> _States:
-    codes, y, says = [], [], []
-    for part in torch.arange(len(ask.place)).split(rows):
-        prompts = _rows(ask.prompts, part)
-        logits, cache = model.run_with_cache(prompts, _names(dictionary))
-        read, here = Read(cache), (torch.arange(len(part)), ask.place[part])
-        codes.append(in_decoder_units(dictionary, read.x(dictionary)[here]))
-        y.append(read.y(dictionary)[here].cpu())
-        says.append(_answer(logits, prompts, ask.answers))
-    return _States(torch.cat(codes), torch.cat(y), torch.cat(says))
-
-
-def _names(dictionary: SparseDictionary) -> list[str]:
-    return list(dict.fromkeys((*dictionary.origin.inputs, *dictionary.origin.outputs)))
-
-
-def _rows(prompts: Prompts, which: Tensor) -> Prompts:
-    mask = None if prompts.mask is None else prompts.mask[which.to(prompts.mask.device)]
-    return Prompts(prompts.tokens[which.to(prompts.tokens.device)], mask)
-
-
-def _answer(logits: Float[Tensor, "row pos d_vocab"], prompts: Prompts, answers: Tensor) -> Int[Tensor, " row"]:
-    n = prompts.tokens.shape[1] if prompts.mask is None else prompts.mask.sum(1).cpu()
-    last = torch.as_tensor(n).expand(len(logits)) - 1
-    return logits[torch.arange(len(logits)), last.to(logits.device)][:, answers.to(logits.device)].argmax(1).cpu()
-
-
-def _pairs(n: int, pairs: int, seed: int) -> Int[Tensor, "pair 2"]:
+def _pairs(among: Int[Tensor, " entity"], pairs: int, seed: int) -> Int[Tensor, "pair 2"]:
     """Ordered pairs of different entities (base, source)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, n = torch.Generator().manual_seed(seed), len(among)
     base = torch.randint(n, (pairs,), generator=generator)
-    return torch.stack([base, (base + torch.randint(1, n, (pairs,), generator=generator)) % n], 1)
+    return among[torch.stack([base, (base + torch.randint(1, n, (pairs,), generator=generator)) % n], 1)]
 
 
-@dataclass(frozen=True)
-class _Exchange:
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """Latents exchanged between entities, and what the model then says."""
+
     model: HookedModel
     dictionary: SparseDictionary
-    asked: dict[str, _Asked]
-    states: dict[str, _States]
+    asked: Mapping[str, Asked]
+    states: Mapping[str, States]
+    W_dec: Float[Tensor, "d_sae d_out"]
     rows: int
     bar: Progress
 
-    def figures(self, count: int, drawn: list[Int[Tensor, "pair 2"]]) -> Disentangled:
-        """Cause and isolation with `count` latents of each attribute exchanged."""
+    def logits(
+        self, about: str, share: Float[Tensor, " d_sae"], pairs: Int[Tensor, "pair 2"]
+    ) -> Float[Tensor, "pair value"]:
+        """Of the values of `about`, in the base entities' prompts, each latent exchanged by its share."""
+        of, (base, source) = self.states[about], pairs.T
+        y = of.y[base] + ((of.codes[source] - of.codes[base]) * share) @ self.W_dec
+        return self.asked[about].logits(base, parts_of(self.model, self.dictionary.origin.outputs, y))
+
+    def wanted(self, target: str, about: str, pairs: Int[Tensor, "pair 2"]) -> Int[Tensor, " pair"]:
+        """The value of `about` to be named when `target` is exchanged: the source's own of the target itself, else the base's."""
+        return self.asked[about].value[pairs[:, 1 if target == about else 0]]
+
+    def counts(self, target: str, about: str, pairs: Int[Tensor, "pair 2"]) -> Bool[Tensor, " pair"]:
+        """Which pairs say something: the target's values differ, and the model, left alone, answers rightly for the base, and
+        for the cause (`target` is `about`) for the source as well."""
+        base, source = pairs.T
+        right = self.states[about].says == self.asked[about].value
+        value = self.asked[target].value
+        differ = right[base] & (value[base] != value[source])
+        return differ & right[source] if target == about else differ
+
+    # ---- choosing ---------------------------------------------------------------------------------------------------
+
+    def told_apart(self, count: int, train: Int[Tensor, " entity"]) -> Choice:
+        """The `count` latents whose codes tell the values apart best."""
+        chosen = {}
+        for attribute, asked in self.asked.items():
+            order = attribute_latents(self.states[attribute].codes[train], asked.value[train])
+            chosen[attribute] = torch.zeros(len(order)).index_fill(0, order[:count], 1.0)
+        return chosen
+
+    def masks(self, config: MaskConfig, train: Int[Tensor, " entity"], seed: int) -> Choice:
+        """A mask learned for each attribute; an empty one where no pair could teach it."""
+        every = torch.cartesian_prod(train, train)
+        chosen = {}
+        for target in self.asked:
+            tasks = [target] if config.alone else [target, *(about for about in self.asked if about != target)]
+            pairs = {about: every[self.counts(target, about, every)] for about in tasks}
+            chosen[target] = torch.zeros(self.dictionary.d_sae)
+            if len(pairs[target]):
+                loss = partial(self.loss, target, {about: some for about, some in pairs.items() if len(some)}, config)
+                mask = learn_mask(loss, self.dictionary.d_sae, config, seed=seed, after_step=self.bar.advance)
+                chosen[target] = mask.float()
+        return chosen
+
+    def loss(
+        self,
+        target: str,
+        pairs: Mapping[str, Int[Tensor, "pair 2"]],
+        config: MaskConfig,
+        share: Float[Tensor, " d_sae"],
+        generator: torch.Generator,
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy of the wanted values: half its weight on the cause, half on the isolations, on pairs drawn from `pairs`."""
+        parts = {}
+        for about, some in pairs.items():
+            drawn = some[torch.randint(len(some), (config.batch,), generator=generator)]
+            parts[about] = functional.cross_entropy(self.logits(about, share, drawn), self.wanted(target, about, drawn))
+        others = [part for about, part in parts.items() if about != target]
+        return parts[target] if not others else (parts[target] + torch.stack(others).mean()) / 2
+
+    # ---- measuring --------------------------------------------------------------------------------------------------
+
+    def figures(self, chosen: Sequence[Choice], tested: Sequence[Int[Tensor, "pair 2"]]) -> Disentangled:
+        """Cause and isolation with what was chosen for each seed, on that seed's pairs."""
+        seeds = list(zip(chosen, tested, strict=True))
         result = {
-            (target, about): torch.stack([self._kept(target, about, count, pairs) for pairs in drawn])
+            (target, about): torch.stack([self._kept(target, about, choice[target], pairs) for choice, pairs in seeds])
             for target in self.asked
             for about in self.asked
         }
-        cause = {target: _estimate(result[target, target]) for target in self.asked}
-        isolation = {
-            target: {about: _estimate(result[target, about]) for about in self.asked if about != target}
-            for target in self.asked
-        }
-        return Disentangled(n_latents=count, score=_score(result, list(self.asked)), cause=cause, isolation=isolation)
+        return Disentangled(
+            n_latents={a: sum(float(choice[a].sum()) for choice in chosen) / len(chosen) for a in self.asked},
+            latents={a: tuple(chosen[0][a].nonzero()[:, 0].tolist()) for a in self.asked},
+            score=_score(result, list(self.asked)),
+            cause={a: _estimate(result[a, a]) for a in self.asked},
+            isolation={a: {b: _estimate(result[a, b]) for b in self.asked if b != a} for a in self.asked},
+        )
 
-    def _kept(self, target: str, about: str, count: int, pairs: Int[Tensor, "pair 2"]) -> Float[Tensor, " pair"]:
+    def _kept(
+        self, target: str, about: str, share: Float[Tensor, " d_sae"], pairs: Int[Tensor, "pair 2"]
+    ) -> Float[Tensor, " pair"]:
         """With `target`'s latents exchanged and `about` asked for: 1 where the answer is as wanted, NaN where the pair does
-        not count. For the cause (`target` is `about`) the values must differ, and both be answered rightly."""
-        ask, state = self.asked[about], self.states[about]
-        base, source = pairs.T
-        right = state.says == ask.value
-        counts = right[base]
-        if target == about:
-            counts = counts & right[source] & (ask.value[base] != ask.value[source])
-        else:
-            other = self.asked[target].value
-            counts = counts & (other[base] != other[source])
-        wanted = ask.value[source if target == about else base]
+        not count."""
         found = torch.full((len(pairs),), torch.nan)
-        counted = counts.nonzero()[:, 0]
+        counted = self.counts(target, about, pairs).nonzero()[:, 0]
         for part in counted.split(self.rows) if len(counted) else ():
-            says = self._run(target, about, count, base[part], source[part])
-            found[part] = (says == wanted[part]).float()
+            says = self.logits(about, share, pairs[part]).argmax(1)
+            found[part] = (says == self.wanted(target, about, pairs[part])).float()
         self.bar.advance(len(pairs))
         return found
-
-    def _run(self, target: str, about: str, count: int, base: Tensor, source: Tensor) -> Int[Tensor, " row"]:
-        ask, state = self.asked[about], self.states[about]
-        latents = attribute_latents(self.states[target].codes, self.asked[target].value)[:count]
-        change = state.codes[source][:, latents] - state.codes[base][:, latents]
-        y = state.y[base] + change @ decoder_rows(self.dictionary).cpu()[latents]
-        prompts = _rows(ask.prompts, base)
-        where: Bool[Tensor, "row pos"] = torch.zeros(prompts.tokens.shape, dtype=torch.bool)
-        where[torch.arange(len(base)), ask.place[base]] = True
-        everywhere = y[:, None].expand(-1, where.shape[1], -1)
-        parts = parts_of(self.model, self.dictionary.origin.outputs, everywhere)
-        logits = spliced(self.model, prompts, parts, where.to(self.model.device))
-        return _answer(logits, prompts, ask.answers)
 
 
 def attribute_latents(codes: Float[Tensor, "entity d_sae"], value: Int[Tensor, " entity"]) -> Int[Tensor, " d_sae"]:

@@ -38,39 +38,32 @@ class Entities:
 
 
 _CITIES = """
-Paris France Europe French
-Lyon France Europe French
-Berlin Germany Europe German
-Munich Germany Europe German
-Hamburg Germany Europe German
-Rome Italy Europe Italian
-Milan Italy Europe Italian
-Madrid Spain Europe Spanish
-Barcelona Spain Europe Spanish
-Tokyo Japan Asia Japanese
-Osaka Japan Asia Japanese
-Kyoto Japan Asia Japanese
-Beijing China Asia Chinese
-Shanghai China Asia Chinese
-Moscow Russia Europe Russian
-Cairo Egypt Africa Arabic
-Alexandria Egypt Africa Arabic
-Toronto Canada America English
-Chicago USA America English
-Boston USA America English
-Lima Peru America Spanish
-Bogota Colombia America Spanish
-London England Europe English
-Manchester England Europe English
+France Europe French: Paris Lyon Marseille Bordeaux
+Germany Europe German: Berlin Munich Hamburg Cologne
+Italy Europe Italian: Milan Naples Turin Florence
+Spain Europe Spanish: Madrid Barcelona Seville Valencia
+Russia Europe Russian: Moscow Kazan Sochi Smolensk
+England Europe English: London Manchester Liverpool Leeds
+Japan Asia Japanese: Tokyo Osaka Kyoto Nagoya
+China Asia Chinese: Beijing Shanghai Wuhan Nanjing
+Egypt Africa Arabic: Cairo Alexandria Luxor Aswan
+Canada America English: Toronto Vancouver Ottawa Calgary
+USA America English: Chicago Boston Seattle Dallas
+Mexico America Spanish: Guadalajara Monterrey Tijuana Cancun
 """
 
 
 def cities() -> Entities:
-    """Two dozen large cities: country, continent, language."""
-    rows = [line.split() for line in _CITIES.strip().splitlines()]
+    """Four cities of each of a dozen countries: country, continent, language."""
+    values: dict[str, dict[str, str]] = {}
+    for line in _CITIES.strip().splitlines():
+        about, _, names = line.partition(":")
+        values |= {
+            name: dict(zip(("country", "continent", "language"), about.split(), strict=True)) for name in names.split()
+        }
     return Entities(
         name="cities",
-        values={city: {"country": land, "continent": part, "language": tongue} for city, land, part, tongue in rows},
+        values=values,
         prompts={
             "country": "Rome is a city in the country of Italy. Seoul is a city in the country of Korea."
             " {entity} is a city in the country of",

@@ -3,7 +3,8 @@
 Two passes over held-out text, special tokens (BOS, separator) left out everywhere and left as they are in spliced runs:
 
 1. `reconstruction.py`: FVU and its parts, cosine, L0, firing counts, summed in double precision while they stream;
-2. `splice.py`: cross-entropy and KL with the dictionary in place, against zero and mean ablation.
+2. `splice.py`: cross-entropy and KL with the dictionary in place, against zero and mean ablation; of cross-layer
+   transcoders and sets also with all layers replaced in one run (`replacement.py`).
 
 `evaluate_all` measures several dictionaries on one model: each batch is read once for all of them.
 """
@@ -51,14 +52,19 @@ class Evaluation:
     """The figures. Fractions are of 1; cross-entropies and KL in nats per token; `n_tokens` counts text tokens.
 
     `fvu` = Σ‖y − ŷ‖² / Σ‖y − ȳ‖² over all text tokens (y = x for an autoencoder); `explained_variance` is 1 − fvu, so
-    about the mean, not about zero. `points` has each output point alone; `layers` has, of a cross-layer transcoder, the
+    about the mean, not about zero. `points` has each output point alone; `layers` has, of a cross-layer transcoder or a set, the
     latents of each layer, whose `l0` add up to that of all. `fvu_without_sinks` leaves out `n_sinks` tokens whose squared
     norm is above ten times the median of their batch: a few attention sinks can carry most of the variance.
     `fvu_all_positions` counts special tokens too and is there for comparison with tools that do: their outsized norm
     flatters it.
 
     `ce_recovered` = (ce_zero − ce_spliced) / (ce_zero − ce_clean), `kl_recovered` = (kl_zero − kl_spliced) / kl_zero; the
-    fields that end in `_mean` are against the mean of y over the data set. `delta_ce` = ce_spliced − ce_clean.
+    fields that end in `_mean` are against the mean of y over the data set. `delta_ce` = ce_spliced − ce_clean;
+    `top1_spliced` is the share of tokens after which the most likely next token is the clean model's.
+
+    There every input is the clean run's. The fields that end in `_replaced` are the replacement model's, whose layers read
+    what the layers before them have made; None where that cannot be: of a dictionary of one point (there the two runs are
+    one), a crosscoder, and a cross-layer transcoder that makes one choice among the latents of all layers.
 
     A latent is dead that fired on none of the `n_tokens` tokens (that is the window), dense above a tenth of them,
     frequent above a hundredth. `density_counts[i]` is the number of latents whose density lies between
@@ -92,6 +98,11 @@ class Evaluation:
     kl_mean: float | None
     kl_recovered: float | None
     kl_recovered_mean: float | None
+    top1_spliced: float | None
+    ce_replaced: float | None
+    delta_ce_replaced: float | None
+    kl_replaced: float | None
+    top1_replaced: float | None
     n_dead: int
     dead_fraction: float
     n_dense: int
@@ -160,15 +171,15 @@ def _evaluation(reconstruction: dict[str, Any], function: Function, i: int) -> E
     """The figures of dictionary `i`."""
     of_points = {splice.points: splice for splice in function.splices if splice.of == i}
     whole = tuple(point.name for point in reconstruction["points"])
-    loss = function.figures(of_points[whole])
+    loss, replaced = function.figures(of_points[whole]), function.replaced(i)
     points = tuple(
         _with_loss(point, function.figures(of_points[(point.name,)]))
         if len(whole) > 1 and function.n > 0 and (point.name,) in of_points
         else point
         for point in reconstruction["points"]
     )
-    intervals = {**reconstruction["intervals"], **loss["intervals"]}
-    return Evaluation(**{**reconstruction, **loss, "points": points, "intervals": intervals})
+    intervals = {**reconstruction["intervals"], **loss["intervals"], **replaced["intervals"]}
+    return Evaluation(**{**reconstruction, **loss, **replaced, "points": points, "intervals": intervals})
 
 
 def _with_loss(point: PointFit, loss: dict[str, Any]) -> PointFit:

@@ -30,9 +30,6 @@ class GatedRule(ReLURule):
         magnitude = pre * kept.latent(scale) + kept.latent(self.b_mag - scale * step.b_enc)
         return magnitude.relu() * fires(pre)
 
-    def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
-        return super().penalty(pre, self.frozen_codes(pre, kept, step), kept, step)
-
     def frozen_codes(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         return pre.relu()
 

@@ -44,7 +44,10 @@ class Estimate:
 
 
 def drawn_weights(n_units: int, *, draws: int = DRAWS, seed: int = 0) -> Float[Tensor, "draws unit"]:
-    """How often each unit is in each draw of `n_units` with replacement (Efron & Tibshirani 1993, ch. 6)."""
+    """How often each unit is in each draw of `n_units` with replacement (Efron & Tibshirani 1993, ch. 6). One unit alone does
+    not show how units differ: NaN."""
+    if n_units == 1:
+        return torch.full((draws, 1), torch.nan, dtype=torch.float64)
     chosen = torch.randint(n_units, (draws, n_units), generator=torch.Generator().manual_seed(seed))
     return torch.zeros(draws, n_units, dtype=torch.float64).scatter_add_(
         1, chosen, torch.ones(draws, n_units, dtype=torch.float64)

@@ -4,6 +4,7 @@
 
 θ itself is the parameter, in fp32: Adam moves log θ too little, and bf16 does not move at all. With the sparsity
 "tanh" the gradient reaches all parameters (Anthropic, January 2025), which is why it has no estimator of its own.
+Both operations keep z and θ alone for their gradients: z is there in any case, and z − θ is quickly made again.
 Only entries above θ − ε/2 have a gradient, so only those are kept; the penalty on all others (`revive_coefficient`)
 is a sum over whole columns, less the kept ones.
 """
@@ -18,6 +19,7 @@ from microtome.dictionary import activation as used
 from microtome.dictionary.config import JumpReLUConfig
 from microtome.dictionary.kept import Entries, Kept, fires, where_positive
 from microtome.dictionary.rules import ReLURule, Step
+from microtome.dictionary.selection import PreActivations
 
 
 class JumpReLURule(ReLURule):
@@ -30,9 +32,8 @@ class JumpReLURule(ReLURule):
         shape = (len(configs), configs[0].d_sae)
         self.threshold = nn.Parameter(torch.full(shape, configs[0].start_threshold))
 
-    def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
-        edge = (self.threshold - self.config.bandwidth / 2).detach()[:, None]
-        return self._kept(pre - edge.to(pre.dtype), pre)
+    def keep(self, pre: PreActivations, step: Step) -> Kept:
+        return self._kept(pre.whole, (self.threshold - self.config.bandwidth / 2).detach())
 
     def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         f: Tensor = JumpReLU.apply(pre, kept.latent(self.threshold), self.config.bandwidth)  # type: ignore[no-untyped-call]
@@ -81,14 +82,14 @@ class JumpReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        excess = z - threshold
-        ctx.save_for_backward(excess, threshold)
+        ctx.save_for_backward(z, threshold)
         ctx.bandwidth = bandwidth
-        return where_positive(z, excess)
+        return where_positive(z, z - threshold)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        excess, threshold = ctx.saved_tensors
+        z, threshold = ctx.saved_tensors
+        excess = z - threshold
         by_threshold = _where_near(grad, excess, ctx.bandwidth).sum_to_size(threshold.shape)
         return where_positive(grad, excess), by_threshold * (-threshold / ctx.bandwidth), None
 
@@ -98,15 +99,14 @@ class Heaviside(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        excess = z - threshold
-        ctx.save_for_backward(excess)
-        ctx.bandwidth, ctx.shape = bandwidth, threshold.shape
-        return fires(excess)
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return fires(z - threshold)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (excess,) = ctx.saved_tensors
-        by_threshold = _where_near(grad, excess, ctx.bandwidth).sum_to_size(ctx.shape)
+        z, threshold = ctx.saved_tensors
+        by_threshold = _where_near(grad, z - threshold, ctx.bandwidth).sum_to_size(threshold.shape)
         return None, by_threshold * (-1.0 / ctx.bandwidth), None
 
 

@@ -6,7 +6,6 @@ special tokens count as none of its tokens. Codes are in units of W_dec, so that
 taken out, also where the dictionary normalises its input.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from microtome.common.errors import InputError
 from microtome.common.progress import progress
 from microtome.dictionary.fit import check_fit
 from microtome.dictionary.surface import Read, SparseDictionary, decoder_rows
+from microtome.dictionary.tables import Row, columns_missing, read_rows
 from microtome.model import HookedModel
 
 Readout = Literal["mean", "last"]
@@ -63,42 +63,35 @@ class LabelledTexts:
         return cls(name=name, texts=tuple(texts), attributes=attributes, readout=readout)
 
 
-def read_labelled(path: str | Path) -> list[LabelledTexts]:
-    """Tasks from a JSONL file of objects with `text` and `label`; `task` (else the file's name) and `readout` may be there,
-    and `spurious`, a second label, which makes a pair for SCR and TPP.
+_EXPECTED = "a text and a label in each row"
 
-    Raises InputError for a file that is not there, a line that is no such object, or a task of one class.
+
+def read_labelled(path: str | Path) -> list[LabelledTexts]:
+    """Tasks from a table with the columns `text` and `label`, as JSONL, CSV or Parquet. Two labels make one attribute, more
+    make one for each. `task` (else the file's name) and `readout` may be there, and `spurious`, a second label, which makes
+    a pair for SCR and TPP.
+
+    Raises InputError for a file that is not there or cannot be read, a row without text or label, or a task of one class.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"There is no file {path}", expected="JSONL with text and label on each line")
-    tasks: dict[str, list[dict[str, str]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            row = _row(line, f"{path}, line {number}")
-            tasks.setdefault(str(row.get("task", path.stem)), []).append(row)
-    if not tasks:
-        raise InputError(f"{path} holds no texts", expected="JSONL with text and label on each line")
+    tasks: dict[str, list[Row]] = {}
+    for where, row in read_rows(path, _EXPECTED):
+        columns_missing(row, ("text", "label"), where, _EXPECTED)
+        if not isinstance(row["text"], str):
+            raise InputError(f"{where} has no text in 'text'", got=repr(row["text"])[:80], expected="a string")
+        tasks.setdefault(str(row.get("task") or path.stem), []).append(row)
     return [_task(name, rows) for name, rows in tasks.items()]
 
 
-def _row(line: str, where: str) -> dict[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error.msg}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"] or "label" not in row:
-        raise InputError(f"{where} is no labelled text", got=line[:80], expected='{"text": "…", "label": …}')
-    return row
-
-
-def _task(name: str, rows: list[dict[str, str]]) -> LabelledTexts:
-    texts, readout = [row["text"] for row in rows], rows[0].get("readout", "mean")
+def _task(name: str, rows: list[Row]) -> LabelledTexts:
+    texts, readout = [row["text"] for row in rows], rows[0].get("readout") or "mean"
     require(readout in ("mean", "last"), f"{name}: unknown readout", got=readout, expected="mean or last")
     wanted = LabelledTexts.of_classes(name, texts, [str(row["label"]) for row in rows], readout)  # type: ignore[arg-type]
-    if "spurious" not in rows[0]:
+    if not any(row.get("spurious") not in (None, "") for row in rows):
         return wanted
-    spurious = LabelledTexts.of_classes(f"{name}, spurious", texts, [str(row.get("spurious")) for row in rows])
+    for row in rows:
+        columns_missing(row, ("spurious",), f"{name}: {row['text'][:40]!r}", "a second label in each row, or in none")
+    spurious = LabelledTexts.of_classes(f"{name}, spurious", texts, [str(row["spurious"]) for row in rows])
     both = {f"label {key}": value for key, value in wanted.attributes.items()}
     both |= {f"spurious {key}": value for key, value in spurious.attributes.items()}
     return LabelledTexts(name=name, texts=tuple(texts), attributes=both, readout=wanted.readout)

@@ -14,12 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from microtome.common.device import derive_seed
-from microtome.common.errors import ConfigError, unknown_name
+from microtome.common.errors import ConfigError, ModelError, unknown_name
 from microtome.dictionary.config import DictionaryConfig
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.decoders import CrossLayerDecoder, Decoder, OwnDecoder
 from microtome.dictionary.dictionary import Dictionary, Origin
 from microtome.dictionary.stack import Stack
+from microtome.model import HookName
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,26 @@ class Separate(_Points):
         return stack.export(which, self.origin(origin), take(scales, self.x_columns), take(scales, self.y_columns))
 
 
+def _check_order(inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Latents of a layer write to the layers behind it in the list, which must lie behind it in the model as well. Points
+    that are no hook points of a model have no order."""
+    try:
+        reads, writes = ([HookName.parse(name) for name in names] for names in (inputs, outputs))
+    except ModelError:
+        return
+    if reads != sorted(reads) or writes != sorted(writes) or any(r > w for r, w in zip(reads, writes, strict=True)):
+        raise ConfigError(
+            "The layers of a cross-layer transcoder come in the model's order, and each is read before it is written",
+            got=f"inputs {', '.join(inputs)}; outputs {', '.join(outputs)}",
+            fix="Name the inputs, and the outputs, from the first layer to the last",
+        )
+
+
 class Layered(_Points):
     """The layers of a cross-layer transcoder.
 
-    Raises ConfigError unless there are as many outputs as inputs and all inputs, and all outputs, are of one width.
+    Raises ConfigError unless there are as many outputs as inputs, in the order in which the model reaches them, and all
+    points are of one width.
     """
 
     def __init__(self, config: DictionaryConfig, sites: Sites) -> None:
@@ -163,6 +180,7 @@ class Layered(_Points):
                 "A cross-layer transcoder writes as many points as it reads",
                 got=f"{self.members} inputs, {len(self.outputs)} outputs",
             )
+        _check_order(self.inputs, self.outputs)
         widths = {*self.in_widths, *self.out_widths}
         if len(widths) > 1:
             raise ConfigError(
@@ -209,6 +227,12 @@ class Layered(_Points):
                 got=f"(layers, d_model, latents of a layer) = {found}",
                 expected=sizes,
                 fix="Take its points as inputs and outputs, and its latents of a layer as d_sae",
+            )
+        if start.W_skip is not None:
+            raise ConfigError(
+                "A cross-layer transcoder with a skip path cannot be fine-tuned: none is trained here",
+                got="W_skip",
+                fix="Fine-tune one without",
             )
         begun = copy.deepcopy(start).to(stack.b_enc.device, torch.float32)
         inputs, outputs = self._scales(scales)

@@ -3,7 +3,7 @@
 A prompt is lines of `word: letter`; the activations wanted are those at the last word, before its letter is said.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
 
@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from microtome.common.config import require
 from microtome.common.errors import InputError, ModelError
 from microtome.common.progress import progress
+from microtome.dictionary.beginning import Beginning
 from microtome.model import HookedModel
 
 
@@ -27,13 +29,18 @@ class FirstLetters:
 
 
 def first_letters(
-    model: HookedModel, *, per_letter: int = 100, least: int = 12, shots: int = 4, seed: int = 0
+    model: HookedModel, *, per_letter: int = 300, least: int = 12, shots: int = 4, contexts: int = 32, seed: int = 0
 ) -> FirstLetters:
     """Up to `per_letter` words of each letter that begins at least `least`, drawn from the tokenizer's vocabulary, each behind
-    `shots` other words with their letters.
+    `shots` other words with their letters; there are `contexts` different such beginnings.
 
-    Raises ModelError without a tokenizer, InputError where fewer than two letters have enough words.
+    Raises ConfigError for numbers that cannot be, ModelError without a tokenizer, InputError where fewer than two letters have
+    enough words.
     """
+    require(per_letter >= 4 and least >= 4, "A letter needs four words or more", got=f"{per_letter=}, {least=}")
+    require(
+        shots >= 0 and contexts >= 2, "There can be no shots, and two contexts or more", got=f"{shots=}, {contexts=}"
+    )
     if model.tokenizer is None:
         raise ModelError(
             f"{model.name} came without a tokenizer", fix="The first-letter task is made of its vocabulary"
@@ -52,9 +59,11 @@ def first_letters(
         for i in torch.randperm(len(words), generator=generator)[:per_letter].tolist()
     ]
     everything = [word for words in by_letter.values() for word in words]
-    rows = [_prompt(model, word, everything, shots, generator) for word, _ in chosen]
-    length = min(map(len, rows))
-    if any(len(row) != length for row in rows):
+    drawn = torch.randint(len(everything), (contexts, shots), generator=generator).tolist()
+    shown = [[everything[i] for i in row] for row in drawn]
+    first = torch.randint(contexts, (len(chosen),), generator=generator).tolist()
+    rows = [_prompt(model, word, context_of(word, shown, at)) for (word, _), at in zip(chosen, first, strict=True)]
+    if len(set(map(len, rows))) > 1:
         raise InputError("Prompts of the first-letter task differ in length", got=sorted(set(map(len, rows))))
     return FirstLetters(
         words=tuple(word for word, _ in chosen),
@@ -77,27 +86,49 @@ def vocabulary_words(model: HookedModel) -> dict[str, list[str]]:
     return {letter: sorted(words) for letter, words in found.items()}
 
 
-def _prompt(model: HookedModel, word: str, others: Sequence[str], shots: int, generator: torch.Generator) -> list[int]:
-    chosen = [others[i] for i in torch.randint(len(others), (shots,), generator=generator).tolist()]
-    lines = "".join(f" {other}: {other[0].upper()}\n" for other in chosen)
+def context_of(word: str, contexts: Sequence[Sequence[str]], at: int) -> Sequence[str]:
+    """Context number `at`, or the next one that does not give the word away."""
+    turned = [*contexts[at:], *contexts[:at]]
+    return next((context for context in turned if word not in context), turned[0])
+
+
+def _prompt(model: HookedModel, word: str, others: Sequence[str]) -> list[int]:
+    lines = "".join(f" {other}: {other[0].upper()}\n" for other in others)
     ids: list[int] = model.to_tokens(f"{lines} {word}")[0].tolist()
     return ids
 
 
+def by_beginning(
+    model: HookedModel, prompts: Int[Tensor, "word pos"], *, behind: int = 1, rows: int = 256
+) -> Iterator[tuple[Int[Tensor, " some"], Beginning]]:
+    """The numbers of the prompts, some at a time, with what they have in common: all but the last `behind` tokens, which the
+    model has read. Where hardly any two have, nothing is shared."""
+    beginnings, of = prompts[:, :-behind].unique(dim=0, return_inverse=True)
+    if len(beginnings) * 4 > len(prompts):
+        nothing = Beginning.of(model, prompts[0, :0])
+        for part in torch.arange(len(prompts)).split(max(1, rows // 8)):
+            yield part, nothing
+        return
+    for i, tokens in enumerate(beginnings):
+        begun = Beginning.of(model, tokens)
+        for part in (of == i).nonzero()[:, 0].split(rows):
+            yield part, begun
+
+
 @torch.no_grad()
 def spelling_accuracy(
-    model: HookedModel, task: FirstLetters, *, most: int = 100, seed: int = 0, rows: int = 32
+    model: HookedModel, task: FirstLetters, *, most: int = 300, seed: int = 0
 ) -> Float[Tensor, " word"]:
     """1 for each of up to `most` words whose first letter the model names: among the letters of the task, the right one is
     the likeliest behind `word:`."""
     chosen = torch.randperm(len(task.words), generator=torch.Generator().manual_seed(seed))[:most]
     colon = model.to_tokens(":", prepend_bos=False)[0].cpu()
     answers = torch.tensor([model.to_tokens(f" {c.upper()}", prepend_bos=False)[0, 0] for c in task.letters])
-    right = []
+    asked = torch.cat([task.prompts[chosen], colon.expand(len(chosen), -1)], 1)
+    right = torch.zeros(len(chosen))
     with progress(len(chosen), "spell", "words") as bar:
-        for part in chosen.split(rows):
-            tokens = torch.cat([task.prompts[part], colon.expand(len(part), -1)], 1).to(model.device)
-            logits = model(tokens)[:, -1, answers.to(model.device)]
-            right.append((logits.argmax(1).cpu() == task.label[part]).float())
+        for part, begun in by_beginning(model, asked, behind=1 + len(colon)):
+            logits = begun.logits(asked[part]).cpu()[:, answers]
+            right[part] = (logits.argmax(1) == task.label[chosen[part]]).float()
             bar.advance(len(part))
-    return torch.cat(right)
+    return right

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from microtome.common.errors import InputError
 from microtome.dictionary.intervals import Estimate
-from microtome.dictionary.labelled import EncodedTexts
+from microtome.dictionary.labelled import EncodedTexts, LabelledTexts
 from microtome.dictionary.logistic import fit_probes
 
 KS = (1, 2, 5)
@@ -59,6 +59,13 @@ def probing(encoded: Sequence[EncodedTexts], *, ks: Sequence[int] = KS, seeds: S
     return Probing(tasks=tasks, mean={name: sum(values) / len(values) for name, values in columns.items()})
 
 
+def check_probing(texts: Sequence[LabelledTexts]) -> None:
+    """Raise InputError where a class has fewer than four texts."""
+    for one in texts:
+        for name, labels in one.attributes.items():
+            halves(torch.tensor(labels), 0, f"{one.name}: {name}")
+
+
 def _task(texts: EncodedTexts, index: int, ks: Sequence[int], seeds: Sequence[int]) -> ProbedTask:
     labels, n = texts.labels[:, index], len(texts.labels)
     right = {name: torch.full((len(seeds), n), torch.nan) for name in ("model", "all", *map(str, ks))}
@@ -91,7 +98,12 @@ def halves(labels: Bool[Tensor, " text"], seed: int, what: str) -> Bool[Tensor, 
     for of_class in (labels, ~labels):
         members = of_class.nonzero()[:, 0]
         if len(members) < 4:
-            raise InputError(f"{what} has too few texts of a class", got=len(members), expected="at least 4")
+            raise InputError(
+                f"{what} has too few texts of a class",
+                got=len(members),
+                expected="at least 4",
+                fix="Give more, or leave its texts out",
+            )
         train[members[torch.randperm(len(members), generator=generator)[: len(members) // 2]]] = True
     return train
 

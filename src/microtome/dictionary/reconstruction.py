@@ -39,7 +39,7 @@ class PointFit:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLatents:
-    """The latents of a cross-layer transcoder that read the input `name`."""
+    """The latents of a cross-layer transcoder, or of a set of dictionaries, that read the input `name`."""
 
     name: str
     n_latents: int

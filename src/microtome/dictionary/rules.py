@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from microtome.dictionary.activation import Activation, JumpReLU, ReLU, TopK
@@ -24,7 +24,7 @@ from microtome.dictionary.config import (
     TopKConfig,
 )
 from microtome.dictionary.kept import DenseKept, Entries, Kept, SparseKept
-from microtome.dictionary.selection import batch_top_k, is_positive, top_k
+from microtome.dictionary.selection import PreActivations, batch_top_k, is_positive, top_k
 
 C = TypeVar("C", bound=DictionaryConfig)
 # From this share of latents on, dense products in bf16 are quicker. A step of ReLU (d_sae 4,608, 2,048 rows, one thread) takes,
@@ -59,15 +59,15 @@ class Rule(nn.Module, ABC, Generic[C]):
         self.products: Literal["auto", "sparse", "dense"] = "auto"
 
     @abstractmethod
-    def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
-        """The latents to keep, given selection pre-activations (bias included)."""
+    def keep(self, pre: PreActivations, step: Step) -> Kept:
+        """The latents to keep, given what they are selected from."""
 
     def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         """f at the kept entries, given the pre-activations there."""
         return pre.relu()
 
     def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
-        """What is added to each member's summed squared error."""
+        """What is added to each member's summed squared error, given its codes (the frozen ones, where there are any)."""
         return f.new_zeros(kept.shape[0])
 
     def frozen_codes(self, pre: Entries, kept: Kept, step: Step) -> Entries | None:
@@ -95,14 +95,15 @@ class Rule(nn.Module, ABC, Generic[C]):
     def begin_with(self, member: int, activation: Activation, norms: Float[Tensor, " F"]) -> None:
         """Take over what a dictionary's activation holds, for a training that begins with it."""
 
-    def _kept(self, scores: Float[Tensor, "S n F"], pre: Float[Tensor, "S n F"]) -> Kept:
-        """The entries where `scores` are positive, or all, if with so many dense products are quicker."""
+    def _kept(self, pre: Float[Tensor, "S n F"], edges: Float[Tensor, "S F"] | None = None) -> Kept:
+        """The entries above their latents' edges (zero, if there are none), or all, if with so many dense products are
+        quicker."""
         if self.products == "auto" and pre.is_cuda and pre.numel() < _COUNTED_ON_GPU:
             return DenseKept(pre)
-        some = is_positive(scores[:, ::_COUNTED_ROWS])
+        some = _above(pre[:, ::_COUNTED_ROWS], edges)
         # A CPU counts trues many times quicker than it adds them.
-        if self._sparsely(int(some.count_nonzero()) * scores.numel() // some.numel(), pre):
-            return SparseKept.of_mask(is_positive(scores))
+        if self._sparsely(int(some.count_nonzero()) * pre.numel() // some.numel(), pre):
+            return SparseKept.of_mask(_above(pre, edges))
         return DenseKept(pre)
 
     def _sparsely(self, n_kept: int, pre: Float[Tensor, "S n F"]) -> bool:
@@ -116,14 +117,20 @@ class Rule(nn.Module, ABC, Generic[C]):
 class TopKRule(Rule[TopKConfig]):
     """The k largest of each row."""
 
-    def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
-        members, n, d_sae = pre.shape
-        scores = pre if self.config.unit_norms else pre * step.norms[:, None].detach().to(pre.dtype)
-        indices = top_k(scores.view(members * n, d_sae), self.config.k_at(step.fraction))
-        if self.products == "sparse" or (self.products == "auto" and d_sae > _TINY):
-            return SparseKept.of_indices(indices.view(members, n, -1), d_sae)
-        mask = torch.zeros(members * n, d_sae, dtype=torch.bool, device=pre.device).scatter_(1, indices, True)
-        return DenseKept(pre, mask.view_as(pre))
+    def keep(self, pre: PreActivations, step: Step) -> Kept:
+        d_sae, k = pre.shape[2], self.config.k_at(step.fraction)
+        sparsely = self.products == "sparse" or (self.products == "auto" and d_sae > _TINY)
+        blocks = pre.blocks() if sparsely else [pre.whole]
+        scores = (self._scores(block, step) for block in blocks)
+        indices = torch.cat([top_k(each.flatten(0, 1), k).view(*each.shape[:2], k) for each in scores], 1)
+        if sparsely:
+            return SparseKept.of_indices(indices, d_sae)
+        mask = torch.zeros(pre.shape, dtype=torch.bool, device=indices.device).scatter_(2, indices, True)
+        return DenseKept(pre.whole, mask)
+
+    def _scores(self, pre: Float[Tensor, "S n F"], step: Step) -> Float[Tensor, "S n F"]:
+        """By what latents are selected: how much each would write."""
+        return pre if self.config.unit_norms else pre * step.norms[:, None].detach().to(pre.dtype)
 
     def activation(self, member: int, norms: Float[Tensor, " F"]) -> Activation:
         return TopK(self.config.k)
@@ -139,15 +146,15 @@ class BatchTopKRule(TopKRule):
         self.seen: Tensor
         self.register_buffer("seen", torch.zeros(()))
 
-    def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
-        scores = pre if self.config.unit_norms else pre * step.norms[:, None].detach().to(pre.dtype)
-        members, n, d_sae = pre.shape
+    def keep(self, pre: PreActivations, step: Step) -> Kept:
+        whole = pre.whole
+        _, n, d_sae = whole.shape
         k = self.config.k_at(step.fraction) * n
-        places = torch.cat([batch_top_k(each, k) + s * n * d_sae for s, each in enumerate(scores)])
-        if self._sparsely(len(places), pre):
-            return SparseKept.of_places(places, (members, n, d_sae))
-        mask = torch.zeros(pre.numel(), dtype=torch.bool, device=pre.device).index_fill_(0, places, True)
-        return DenseKept(pre, mask.view_as(pre))
+        places = torch.cat([batch_top_k(each, k) + s * n * d_sae for s, each in enumerate(self._scores(whole, step))])
+        if self._sparsely(len(places), whole):
+            return SparseKept.of_places(places, pre.shape)
+        mask = torch.zeros(whole.numel(), dtype=torch.bool, device=whole.device).index_fill_(0, places, True)
+        return DenseKept(whole, mask.view_as(whole))
 
     def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         """Of the entries that the selection's dtype could not tell apart, the largest by their exact values."""
@@ -198,8 +205,8 @@ class ReLURule(Rule[PenaltyConfig]):
         self.coefficient: Tensor
         self.register_buffer("coefficient", torch.tensor([config.coefficient for config in configs]))
 
-    def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
-        return self._kept(pre, pre)
+    def keep(self, pre: PreActivations, step: Step) -> Kept:
+        return self._kept(pre.whole)
 
     def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
         return self.strength(step) * kept.member_sums(f, step.weights, step.norms)
@@ -240,6 +247,10 @@ class PAnnealRule(ReLURule):
         assert isinstance(config, PAnnealConfig)
         done = max(0.0, (fraction - config.p_start_at) / (1 - config.p_start_at))
         return float(torch.tensor(1 - (1 - config.p_end) * int(done * config.p_steps) / config.p_steps))
+
+
+def _above(pre: Float[Tensor, "S n F"], edges: Float[Tensor, "S F"] | None) -> Bool[Tensor, "S n F"]:
+    return is_positive(pre if edges is None else pre - edges[:, None].to(pre.dtype))
 
 
 def _power(sizes: Entries, p: float) -> Entries:

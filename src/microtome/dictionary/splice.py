@@ -5,9 +5,12 @@ separators keep what they have): all that a dictionary writes at once, or (of on
 alone. Which, a `Splice` says. So a transcoder, a crosscoder of several points, or a cross-layer transcoder is measured as
 an autoencoder is. Beside each stand a run with zeros there and one with the mean over the data set: zeros are far from
 anything that the model knows and flatter the score, the mean is the fairer rest state.
+
+There the inputs are the clean run's. Of dictionaries with several layers a third pass is the replacement model
+(`replacement.py`), in which each layer reads what the layers before it have made.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from microtome.dictionary.intervals import drawn_weights, percentiles
 from microtome.dictionary.moments import UnitSums
+from microtome.dictionary.replacement import as_replacement, replacement_logits
 from microtome.dictionary.surface import Read, SparseDictionary, points
 from microtome.model import HookedModel
 from microtome.model.hook_point import HookFn, HookPoint
@@ -26,8 +30,9 @@ Outputs = tuple[str, ...]
 ABLATIONS = ("zero", "mean")
 FIGURES = (
     *("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "delta_ce", "ce_recovered", "ce_recovered_mean"),
-    *("kl_spliced", "kl_zero", "kl_mean", "kl_recovered", "kl_recovered_mean"),
+    *("kl_spliced", "kl_zero", "kl_mean", "kl_recovered", "kl_recovered_mean", "top1_spliced"),
 )
+REPLACED = ("ce_replaced", "delta_ce_replaced", "kl_replaced", "top1_replaced")
 
 
 def spliced(
@@ -100,6 +105,7 @@ class Function:
         n_units: int,
     ) -> None:
         self.model, self.dictionaries, self.splices, self.means = model, dictionaries, splices, means
+        self.replacements = [as_replacement(model, dictionary) for dictionary in dictionaries]
         self.units = UnitSums(n_units)
         self.n = 0
 
@@ -116,10 +122,21 @@ class Function:
         self.n += len(target)
         self.units.add("n", torch.ones(len(target)), of_row)
         self.units.add("ce_clean", -clean.gather(1, target)[:, 0], of_row)
-        for name, parts in self._replacements(Read(cache)):
-            edited = spliced(self.model, tokens, parts, is_text)[:, :-1][scored].float().log_softmax(-1)
+        for name, edited_logits in self._runs(tokens, is_text, Read(cache)):
+            edited = edited_logits[:, :-1][scored].float().log_softmax(-1)
             self.units.add(f"ce_{name}", -edited.gather(1, target)[:, 0], of_row)
             self.units.add(f"kl_{name}", (clean.exp() * (clean - edited)).sum(-1), of_row)
+            self.units.add(f"top1_{name}", (clean.argmax(-1) == edited.argmax(-1)).float(), of_row)
+
+    def _runs(
+        self, tokens: Int[Tensor, "batch pos"], is_text: Bool[Tensor, "batch pos"], read: Read
+    ) -> Iterator[tuple[str, Float[Tensor, "batch pos d_vocab"]]]:
+        """The logits of each edited run, under the name of its sums."""
+        for name, parts in self._replacements(read):
+            yield name, spliced(self.model, tokens, parts, is_text)
+        for i, dictionary in enumerate(self.replacements):
+            if dictionary is not None:
+                yield _replaced(i), replacement_logits(self.model, tokens, dictionary, is_text)
 
     def _replacements(self, read: Read) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for together in dict.fromkeys(splice.points for splice in self.splices):
@@ -147,27 +164,49 @@ class Function:
             for name, key in {"clean": "clean", "spliced": splice.key, **ablated}.items()
             if (kind, name) != ("kl", "clean")
         }
-        n_units = self.units.n_units
-        values = self._figures(sums, torch.ones(1, n_units))
-        drawn = self._figures(sums, drawn_weights(n_units))
-        return {
-            **{name: float(values[name][0]) for name in FIGURES},
-            "n_function_tokens": self.n,
-            "intervals": {name: percentiles(drawn[name]) for name in FIGURES},
-        }
+        sums["top1_spliced"] = self.units[f"top1_{splice.key}"]
+        values, intervals = self._with_intervals(lambda weights: self._figures(sums, weights), FIGURES)
+        return {**values, "n_function_tokens": self.n, "intervals": intervals}
+
+    def replaced(self, i: int) -> dict[str, Any]:
+        """`REPLACED` of dictionary `i` and their `intervals`. All None when nothing was run, and of a dictionary that has
+        no layers."""
+        if self.n == 0 or self.replacements[i] is None:
+            return {**dict.fromkeys(REPLACED), "intervals": {}}
+        sums = {f"{kind}_replaced": self.units[f"{kind}_{_replaced(i)}"] for kind in ("ce", "kl", "top1")}
+        sums["delta_ce_replaced"] = sums["ce_replaced"] - self.units["ce_clean"]
+        values, intervals = self._with_intervals(lambda weights: self._means(sums, weights), REPLACED)
+        return {**values, "intervals": intervals}
+
+    def _with_intervals(
+        self, figures: Callable[[Float[Tensor, "draws unit"]], Mapping[str, Tensor]], names: Sequence[str]
+    ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        """The figures of these names, and their intervals."""
+        values, drawn = (figures(w) for w in (torch.ones(1, self.units.n_units), drawn_weights(self.units.n_units)))
+        return {name: float(values[name][0]) for name in names}, {name: percentiles(drawn[name]) for name in names}
+
+    def _means(
+        self, sums: Mapping[str, Float[Tensor, " unit"]], weights: Float[Tensor, "draws unit"]
+    ) -> dict[str, Float[Tensor, " draws"]]:
+        """Means per token of units counted so often."""
+        n = weights.double() @ self.units["n"]
+        return {name: (weights.double() @ values) / n for name, values in sums.items()}
 
     def _figures(
         self, sums: Mapping[str, Float[Tensor, " unit"]], weights: Float[Tensor, "draws unit"]
     ) -> dict[str, Float[Tensor, " draws"]]:
-        """Every figure of units counted so often."""
-        n = weights.double() @ self.units["n"]
-        found = {name: (weights.double() @ values) / n for name, values in sums.items()}
+        """Every figure of a splice, of units counted so often."""
+        found = self._means(sums, weights)
         found["delta_ce"] = found["ce_spliced"] - found["ce_clean"]
         for ablation, suffix in (("zero", ""), ("mean", "_mean")):
             ce, kl = found[f"ce_{ablation}"], found[f"kl_{ablation}"]
             found[f"ce_recovered{suffix}"] = (ce - found["ce_spliced"]) / (ce - found["ce_clean"])
             found[f"kl_recovered{suffix}"] = (kl - found["kl_spliced"]) / kl
         return found
+
+
+def _replaced(i: int) -> str:
+    return f"replaced {i}"
 
 
 def _key(what: str, together: Outputs) -> str:

@@ -25,6 +25,7 @@ from microtome.dictionary.dictionary import Dictionary, Origin
 from microtome.dictionary.kept import Entries, Kept
 from microtome.dictionary.revival import DeadLatents
 from microtome.dictionary.rules import Rule, Step
+from microtome.dictionary.selection import PreActivations
 
 # Of every member, or (s = 1) of all together.
 Inputs = Float[Tensor, "s n d_in"]
@@ -141,16 +142,16 @@ class Stack(nn.Module):
         pre = self.pre_activations(x, select_dtype)
         weights = self._row_weights(y, spreads)
         step = Step(fraction, weights, self.norms(), self.b_enc, lambda: self._column_sums(x))
-        kept = self.rule.keep(pre, step)
         dead = dead if self.config.revival in ("aux", "ghost") else None
-        for_dead = pre if dead is not None else pre.new_empty(len(self), 0, 0)
+        for_dead = pre.whole if dead is not None else x.new_empty(len(self), 0, 0)
+        kept = self.rule.keep(pre, step)
         del pre  # without dead latents the gradients may have its memory
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
         f = self.rule.values(kept_pre, kept, step)
-        squared, residual = self._errors(x, y, f, kept, weights)
+        squared, whole, residual = self._errors(x, y, f, kept, weights)
         unit = 1.0 / (y.shape[1] * spreads.mean())
-        loss = (squared + self.rule.penalty(kept_pre, f, kept, step)) * unit
         frozen = self.rule.frozen_codes(kept_pre, kept, step)
+        loss = (squared + self.rule.penalty(kept_pre, f if frozen is None else frozen, kept, step)) * unit
         if frozen is not None:
             loss = loss + self._frozen_error(y, frozen, kept, weights) * unit
         aux = loss.new_zeros(len(self))
@@ -159,30 +160,31 @@ class Stack(nn.Module):
         (loss + aux).sum().backward()
         self.rule.observe(f.detach(), kept, step)
         counts = kept.firings(f.detach())
-        fvu = (weights[..., None] * residual.square()).sum((1, 2)) / (y.shape[1] * spreads)
+        fvu = whole / (y.shape[1] * spreads)
         return StepReport((loss + aux).detach(), fvu, aux.detach(), counts.sum(1) / y.shape[1], counts > 0)
 
     @torch.no_grad()
-    def pre_activations(self, x: Inputs, dtype: torch.dtype) -> Float[Tensor, "S n F"]:
-        """(x − b_dec) W_enc + b_enc in the dtype of the selection, without gradient."""
+    def pre_activations(self, x: Inputs, dtype: torch.dtype) -> PreActivations:
+        """(x − b_dec) W_enc + b_enc in the dtype of the selection."""
         centred = x - self.b_dec[:, None] if self.config.centered else x.expand(len(self), -1, -1)
-        return torch.baddbmm(self.b_enc[:, None].to(dtype), centred.to(dtype), self.encoder.to(dtype).mT)
+        return PreActivations(centred, self.encoder, self.b_enc, dtype)
 
     def _errors(
         self, x: Inputs, y: Targets, f: Entries, kept: Kept, weights: Float[Tensor, "S n"]
-    ) -> tuple[Float[Tensor, " S"], Float[Tensor, "S n d_out"]]:
-        """The weighted squared error, as a mean over the rule's parts, and the residual ŷ − y of the whole."""
+    ) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"], Float[Tensor, "S n d_out"]]:
+        """The weighted squared error, as a mean over the rule's parts and (without gradient) of the whole, and the residual
+        ŷ − y of the whole."""
         out = self.b_dec[:, None] if self.W_skip is None else self.b_dec[:, None] + x @ self.W_skip
         errors, residual = [], y
         for values, part in self.rule.parts(f, kept):
             out = out + self.decoder.decode(values, part)
             residual = out - y
-            errors.append((weights[..., None] * residual.square()).sum((1, 2)))
-        return torch.stack(errors).mean(0), residual.detach()
+            errors.append(_weighted_squares(residual, weights))
+        return torch.stack(errors).mean(0), errors[-1].detach(), residual.detach()
 
     def _frozen_error(self, y: Targets, f: Entries, kept: Kept, weights: Float[Tensor, "S n"]) -> Float[Tensor, " S"]:
         residual = self.decoder.decode(f, kept, frozen=True) + self.b_dec.detach()[:, None] - y
-        return (weights[..., None] * residual.square()).sum((1, 2))
+        return _weighted_squares(residual, weights)
 
     def _revival(
         self,
@@ -216,7 +218,7 @@ class Stack(nn.Module):
         cap = self.config.outlier_cap
         if cap is None:
             return y.new_ones(len(self), y.shape[1])
-        squared = (y - self.b_dec[:, None]).square().sum(2)
+        squared = (y - self.b_dec[:, None]).norm(dim=2).square()
         weights: Tensor = (cap**2 * spreads[:, None] / squared).clamp_max(1.0)
         return weights
 
@@ -245,7 +247,7 @@ class Stack(nn.Module):
             self.decoder.take_out_growth()
         if self.config.clip_norm is not None:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            squares = [g.flatten(1).square().sum(1) for g in gradients]
+            squares = [g.flatten(1).norm(dim=1).square() for g in gradients]
             norm = (torch.stack(squares).sum(0) if self.decoder.separate else torch.cat(squares).sum().view(1)).sqrt()
             factor = (self.config.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
             for g in gradients:
@@ -324,4 +326,9 @@ class Stack(nn.Module):
         kept = self.rule.keep(self.pre_activations(x, torch.float32), step)
         b_dec = self.b_dec if self.config.centered else None
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
-        return self._errors(x, y, self.rule.values(kept_pre, kept, step), kept, weights)[1]
+        return self._errors(x, y, self.rule.values(kept_pre, kept, step), kept, weights)[2]
+
+
+def _weighted_squares(residual: Float[Tensor, "S n d_out"], weights: Float[Tensor, "S n"]) -> Float[Tensor, " S"]:
+    """Σ w ‖residual‖² of each member."""
+    return (weights * residual.square().sum(2)).sum(1)

@@ -4,7 +4,7 @@ Its activations x are those of `origin.inputs`, one behind the other along the l
 `Read` is one batch of both.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from microtome.dictionary.codes import SparseCodes
-from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Origin
 from microtome.model import ActivationCache, HookedModel
 
@@ -35,6 +34,30 @@ class SparseDictionary(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The weights: where they are and in which dtype."""
+
+
+@runtime_checkable
+class LayeredDictionary(SparseDictionary, Protocol):
+    """One whose latents read one input each, with as many outputs: a cross-layer transcoder, or a set of dictionaries.
+    Layer i stands for input i and output i."""
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether a layer's codes depend on its own input alone."""
+
+    def layer_latents(self) -> list[slice]:
+        """The latents that read each input."""
+
+    def sources(self, layer: int, /) -> Sequence[int]:
+        """The layers whose latents write an output."""
+
+    def encode_layer(self, layer: int, x: Float[Tensor, "n d"], /) -> SparseCodes:
+        """The codes of one layer, over its own latents."""
+
+    def decode_layer(
+        self, layer: int, codes: Sequence[SparseCodes], x: Float[Tensor, "n d"] | None = None, /
+    ) -> Float[Tensor, "n d_out"]:
+        """One output, from the codes of its sources and its layer's input."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +97,11 @@ def points(dictionaries: Iterable[SparseDictionary]) -> list[str]:
 
 
 def latents_by_input(dictionary: SparseDictionary) -> list[tuple[str, slice]]:
-    """Which latents read which input, of a dictionary whose latents read one input each (a cross-layer transcoder); of the
-    others, whose latents read all of them, nothing."""
-    if not isinstance(dictionary, CrossLayerTranscoder):
+    """Which latents read which input, of a dictionary whose latents read one input each (a cross-layer transcoder, a set);
+    of the others, whose latents read all of them, nothing."""
+    if not isinstance(dictionary, LayeredDictionary):
         return []
-    width = dictionary.width
-    return [(name, slice(i * width, (i + 1) * width)) for i, name in enumerate(dictionary.origin.inputs)]
+    return list(zip(dictionary.origin.inputs, dictionary.layer_latents(), strict=True))
 
 
 def device_of(dictionary: SparseDictionary) -> torch.device:

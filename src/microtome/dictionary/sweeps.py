@@ -1,4 +1,4 @@
-"""Lists of configs for one training: all combinations of some settings, one transcoder for each layer, or a file."""
+"""Lists of configs for one training: all combinations of some settings, one dictionary for each layer, or a file."""
 
 import itertools
 import json
@@ -21,12 +21,17 @@ def combinations(settings: Mapping[str, Any], axes: Mapping[str, Sequence[Any]])
     ]
 
 
-def per_layer(config: C, inputs: Sequence[str], outputs: Sequence[str]) -> list[C]:
-    """One transcoder for each pair of hook points, with the settings of `config`.
+def per_layer(config: C, inputs: Sequence[str], outputs: Sequence[str] = ()) -> list[C]:
+    """One transcoder for each pair of hook points, or without `outputs` one autoencoder for each point, with the settings
+    of `config`.
 
-    Raises ConfigError when there are not as many outputs as inputs.
+    Raises ConfigError for no points, and when there are not as many outputs as inputs.
     """
-    if len(inputs) != len(outputs) or not inputs:
+    if not inputs:
+        raise ConfigError("Dictionaries of several layers need hook points", got="none", fix="Name them (--hook)")
+    if not outputs:
+        return [replace(config, inputs=(name,), outputs=()) for name in inputs]
+    if len(inputs) != len(outputs):
         raise ConfigError(
             "Transcoders of several layers need an output for each input",
             got=f"{len(inputs)} inputs, {len(outputs)} outputs",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from microtome.common.errors import InputError
 from microtome.dictionary.intervals import Estimate
-from microtome.dictionary.labelled import EncodedTexts
+from microtome.dictionary.labelled import EncodedTexts, LabelledTexts
 from microtome.dictionary.logistic import Probes, fit_probes
 from microtome.dictionary.probing import SEEDS
 
@@ -60,10 +60,18 @@ def tpp(
     encoded: Sequence[EncodedTexts], *, counts: Sequence[int] = COUNTS, seeds: Sequence[int] = SEEDS
 ) -> list[Perturbed]:
     """TPP of every set with two attributes or more. Raises InputError if there is none."""
-    several = [texts for texts in encoded if len(texts.attributes) > 1]
-    if not several:
-        raise InputError("TPP needs texts with two attributes or more", got=[texts.name for texts in encoded])
-    return [_perturbed(texts, counts, seeds) for texts in several]
+    check_tpp(encoded)
+    return [_perturbed(texts, counts, seeds) for texts in encoded if len(texts.attributes) > 1]
+
+
+def check_tpp(texts: Sequence[LabelledTexts] | Sequence[EncodedTexts]) -> None:
+    """Raise InputError where no set has two attributes or more."""
+    if not any(len(one.attributes) > 1 for one in texts):
+        raise InputError(
+            "TPP needs texts with two attributes or more",
+            got=", ".join(one.name for one in texts),
+            fix='Give labels of three kinds or more, or a second label in a column "spurious"',
+        )
 
 
 def _perturbed(texts: EncodedTexts, counts: Sequence[int], seeds: Sequence[int]) -> Perturbed:
@@ -72,7 +80,7 @@ def _perturbed(texts: EncodedTexts, counts: Sequence[int], seeds: Sequence[int])
     intended, unintended = dict.fromkeys(counts, 0.0), dict.fromkeys(counts, 0.0)
     accuracy = 0.0
     for row, seed in enumerate(seeds):
-        train = _half(n, seed)
+        train = _half(texts.labels, seed)
         probes = fit_probes(texts.y[train], texts.labels[train])
         before = probes.right(texts.y, texts.labels)
         accuracy += float(before[~train].mean()) / len(seeds)
@@ -102,18 +110,29 @@ def scr(
 ) -> list[Removed]:
     """SCR of every ordered pair of attributes of one set whose four combinations all have eight texts. Raises InputError if
     there is no such pair."""
-    found = [
-        _removed(texts, wanted, spurious, counts, seeds)
-        for texts in encoded
-        for wanted, spurious in permutations(range(len(texts.attributes)), 2)
-        if min(len(cell) for cell in _cells(texts.labels[:, [wanted, spurious]])) >= 8
-    ]
-    if not found:
+    pairs = [(texts, *pair) for texts in encoded for pair in _crossed(texts.labels)]
+    _check_pairs(pairs, encoded)
+    return [_removed(texts, wanted, spurious, counts, seeds) for texts, wanted, spurious in pairs]
+
+
+def check_scr(texts: Sequence[LabelledTexts]) -> None:
+    """Raise InputError where no set has a pair of attributes whose four combinations all have eight texts."""
+    _check_pairs([pair for one in texts for pair in _crossed(torch.tensor(list(one.attributes.values())).T)], texts)
+
+
+def _crossed(labels: Bool[Tensor, "text attribute"]) -> list[tuple[int, int]]:
+    """The ordered pairs of attributes whose four combinations all have eight texts."""
+    pairs = permutations(range(labels.shape[1]), 2)
+    return [(a, b) for a, b in pairs if min(len(cell) for cell in _cells(labels[:, [a, b]])) >= 8]
+
+
+def _check_pairs(pairs: Sequence[object], texts: Sequence[LabelledTexts] | Sequence[EncodedTexts]) -> None:
+    if not pairs:
         raise InputError(
             "SCR needs texts with two attributes in all four combinations, eight of each",
-            got=[texts.name for texts in encoded],
+            got=", ".join(one.name for one in texts),
+            fix='Give a second label, independent of the first, in a column "spurious"',
         )
-    return found
 
 
 def _removed(texts: EncodedTexts, wanted: int, spurious: int, counts: Sequence[int], seeds: Sequence[int]) -> Removed:
@@ -162,10 +181,11 @@ def by_effect(
     return (difference * (texts.W_dec @ direction)).argsort(descending=True, stable=True)
 
 
-def _half(n: int, seed: int) -> Bool[Tensor, " text"]:
-    train = torch.zeros(n, dtype=torch.bool)
-    train[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: n // 2]] = True
-    return train
+def _half(labels: Bool[Tensor, "text attribute"], seed: int) -> Bool[Tensor, " text"]:
+    """Every second of the texts in the order of their labels, drawn with `seed`: half of each combination."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.tensor(sorted(shuffled, key=lambda i: labels[i].tolist()))
+    return torch.zeros(len(labels), dtype=torch.bool).index_fill(0, order[::2], True)
 
 
 def _cells(labels: Bool[Tensor, "text 2"]) -> list[Int[Tensor, " member"]]:

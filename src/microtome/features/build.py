@@ -11,7 +11,7 @@
 import dataclasses
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,15 +25,16 @@ from microtome.common.artifacts import Draft, atomic_file, draft, read_head, rea
 from microtome.common.config import JsonObject, difference, from_dict, to_dict
 from microtome.common.errors import ArtifactError, InputError, ModelError
 from microtome.common.progress import progress
-from microtome.dictionary import Dictionary
+from microtome.dictionary import DictionaryOrSet
 from microtome.dictionary.fit import check_fit
 from microtome.dictionary.formats import CFG
-from microtome.features.config import KIND, IndexConfig, IndexRecord, histogram_edges
+from microtome.dictionary.surface import latents_by_input
+from microtome.features.config import KIND, IndexConfig, IndexRecord, LayerLatents, histogram_edges
 from microtome.features.index import FeatureIndex, open_index
 from microtome.features.summary import FeatureSummary
 from microtome.features.weights import weight_facts
 from microtome.features.write import DocumentOf, write_tables
-from microtome.model import HookedModel
+from microtome.model import HookedModel, HookName
 from microtome.text import TokenDataset
 
 _CHECKPOINT = "state.npz"
@@ -45,7 +46,7 @@ Codes = tuple[Int32[np.ndarray, "token k"], Float32[np.ndarray, "token k"], Bool
 
 def build_index(
     model: HookedModel,
-    sae: Dictionary,
+    sae: DictionaryOrSet,
     dataset: TokenDataset,
     out: str | Path,
     *,
@@ -54,7 +55,8 @@ def build_index(
     metrics: Mapping[str, float] | None = None,
     overwrite: bool = False,
 ) -> FeatureIndex:
-    """Write the feature index of `sae` over `dataset` at `out`, and open it.
+    """Write the feature index of `sae` over `dataset` at `out`, and open it. Of a dictionary that reads several points (a
+    crosscoder, a cross-layer transcoder, a set) all latents are in it, under the numbers that they have in its codes.
 
     With `store` (a harvest of the same model and dataset) the activations are read from it, and the model is not run.
     `metrics` are numbers about the dictionary that the index shows. Goes on with a build that was stopped, and simply
@@ -89,7 +91,7 @@ class _Pass:
     def __init__(
         self,
         model: HookedModel,
-        sae: Dictionary,
+        sae: DictionaryOrSet,
         dataset: TokenDataset,
         config: IndexConfig,
         store: ActivationStore | None,
@@ -97,9 +99,11 @@ class _Pass:
         self.model, self.sae, self.dataset = model, sae, dataset
         if store is not None:
             _check_store(store, model, dataset)
-            self.source: StoreSource | ModelSource = StoreSource(store, sae.hook_name, sequences_per_block=config.batch)
+            self.source: StoreSource | ModelSource = StoreSource(
+                store, sae.origin.inputs, sequences_per_block=config.batch
+            )
         else:
-            self.source = ModelSource(model, dataset, sae.hook_name, sequences_per_block=config.batch)
+            self.source = ModelSource(model, dataset, sae.origin.inputs, sequences_per_block=config.batch)
         if config.sink_norm is None:
             lengths = self.source.read(0).float().norm(dim=1)
             config = dataclasses.replace(config, sink_norm=_SINK * float(lengths.median()) if len(lengths) else 0.0)
@@ -116,7 +120,7 @@ class _Pass:
             model=self.model.name,
             dictionary=str(self.sae.path),
             dictionary_fingerprint=self.sae.fingerprint,
-            hook_name=self.sae.hook_name,
+            hook_name=short_name(self.sae.origin.inputs),
             d_in=self.sae.d_in,
             d_sae=self.sae.d_sae,
             k=self.sae.k,
@@ -126,6 +130,10 @@ class _Pass:
             n_sequences=self.dataset.n_sequences,
             context=self.dataset.context,
             bos_id=self.dataset.bos_id,
+            layers=tuple(
+                LayerLatents(name=name, layer=HookName.parse(name).layer, n_latents=latents.stop - latents.start)
+                for name, latents in latents_by_input(self.sae)
+            ),
             neuronpedia=_neuronpedia(self.sae),
             activations=self.source.describe(),
             histogram_edges=histogram_edges(top),
@@ -136,7 +144,7 @@ class _Pass:
     def codes(self, block: int) -> Codes:
         """The sparse codes of a block's text tokens, on the CPU, and which of these are no attention sinks: those alone
         are encoded."""
-        weight, x = self.sae.W_enc, self.source.read(block)
+        weight, x = next(self.sae.parameters()), self.source.read(block)
         near = x.float().norm(dim=1) <= (self.config.sink_norm or math.inf)
         codes = self.sae.encode(x[near].to(weight.device, weight.dtype))
         indices, values = codes.indices.to("cpu", torch.int32), codes.values.to("cpu", torch.float32)
@@ -188,7 +196,15 @@ class _Pass:
             ) from error
 
 
-def _neuronpedia(sae: Dictionary) -> str | None:
+def short_name(names: Sequence[str]) -> str:
+    """Several hook points in one line: `blocks.{10,11}.hook_resid_mid` where only the block differs."""
+    parsed = [HookName.parse(name) for name in names]
+    if len(names) == 1 or len({name.point for name in parsed}) > 1 or any(name.layer is None for name in parsed):
+        return ", ".join(names)
+    return f"blocks.{{{','.join(str(name.layer) for name in parsed)}}}.{parsed[0].point}"
+
+
+def _neuronpedia(sae: DictionaryOrSet) -> str | None:
     """The dictionary's id on Neuronpedia, where its release says that it is there."""
     if not (sae.path / CFG).exists():
         return None

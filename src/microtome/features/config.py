@@ -59,6 +59,15 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerLatents:
+    """So many latents read the point `name`, which lies in this block (None: in no block)."""
+
+    name: str
+    layer: int | None
+    n_latents: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexRecord:
     """What an index is of: with the token dataset and the weights, this determines every byte of its Parquet files."""
 
@@ -67,6 +76,7 @@ class IndexRecord:
     """Where the dictionary came from: what `load_dictionary` takes."""
     dictionary_fingerprint: str
     hook_name: str
+    """The point that the latents read; of several a short form of all: `blocks.{10,11}.hook_resid_mid`."""
     d_in: int
     d_sae: int
     k: int | None
@@ -76,6 +86,9 @@ class IndexRecord:
     n_sequences: int
     context: int
     bos_id: int | None
+    layers: tuple[LayerLatents, ...] = ()
+    """Of a dictionary whose latents read one of several points each (a cross-layer transcoder, a set): the points in the
+    order of their latents. Empty where all latents read the same."""
     neuronpedia: str | None = None
     activations: dict[str, Any] = field(default_factory=dict)
     """Where the activations were from: the model's revision and dtype, or the store."""

@@ -7,6 +7,7 @@ for. Every call uses a cursor of its own, so an index may be shared by threads, 
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from microtome.common.artifacts import fingerprint, read_head, read_json
 from microtome.common.assets import shipped_or
 from microtome.common.config import from_dict, to_dict
-from microtome.common.errors import ArtifactError, InputError, unknown_name
+from microtome.common.errors import ArtifactError, ConfigError, InputError, unknown_name
 from microtome.features.config import KIND, IndexRecord
 from microtome.features.results import (
     Band,
@@ -33,7 +34,7 @@ from microtome.features.results import (
 from microtome.text.strings import TokenStrings
 
 if TYPE_CHECKING:
-    from microtome.dictionary import Dictionary
+    from microtome.dictionary import DictionaryOrSet
     from microtome.features.prompt import Reader
     from microtome.model import HookedModel
 
@@ -90,6 +91,10 @@ class FeatureIndex:
         self.record = from_dict(IndexRecord, read_head(path, KIND))
         self.strings = TokenStrings.open(path / "tokenizer.json")
         totals = _totals(path)
+        ends = list(accumulate((each.n_latents for each in self.record.layers), initial=0))
+        self._layers = [
+            (each.layer, range(*latents)) for each, latents in zip(self.record.layers, pairwise(ends), strict=True)
+        ]
         self._reader: Reader | None = None
         db = duckdb.connect(config=_SETTINGS)
         self._db: duckdb.DuckDBPyConnection | None = db
@@ -137,11 +142,12 @@ class FeatureIndex:
         alive: bool | None = True,
         token: str | None = None,
         text: str | None = None,
+        layer: int | None = None,
     ) -> FeaturePage:
         """Rows `offset` … `offset + limit` of the latents that pass every filter given, sorted by a statistic.
 
-        `token`: in some top example the peak token contains this, whatever the case. `text`: found by `search`. Raises
-        ConfigError for a statistic that is not there.
+        `token`: in some top example the peak token contains this, whatever the case. `text`: found by `search`. `layer`:
+        reads this block (one of `summary.layers`). Raises ConfigError for a statistic or a layer that is not there.
         """
         if sort not in SORTS:
             raise unknown_name("statistic", sort, SORTS)
@@ -159,13 +165,16 @@ class FeatureIndex:
         if text:
             where.append("feature IN (SELECT unnest(?::INT[]))")
             values.append([feature for feature, _ in self._matches(text)])
+        if layer is not None:
+            where.append(f"({' OR '.join(['feature BETWEEN ? AND ?'] * len(found := self._of_layer(layer)))})")
+            values += [edge for latents in found for edge in (latents.start, latents.stop - 1)]
         condition = " AND ".join(where)
         # The statistic is one of SORTS and the conditions are those above; what a user wrote is only in `values`.
         total = self._ask(f"SELECT count(*) FROM rows WHERE {condition}", values)[0][0]  # noqa: S608
         order = f"{sort} {'DESC' if descending else 'ASC'}, feature"
         sql = f"SELECT {_ROW} FROM rows WHERE {condition} ORDER BY {order} LIMIT ? OFFSET ?"  # noqa: S608
-        found = self._ask(sql, [*values, max(limit, 0), max(offset, 0)])
-        return FeaturePage(total, [self._row(r) for r in found])
+        rows = self._ask(sql, [*values, max(limit, 0), max(offset, 0)])
+        return FeaturePage(total, [self._row(r) for r in rows])
 
     def feature(self, feature: int) -> Feature:
         """All about one latent but its examples. Raises InputError when there is no such latent."""
@@ -206,6 +215,10 @@ class FeatureIndex:
         rows = {r[0]: self._row(r) for r in self._ask(sql, [best])}
         return [rows[feature] for feature in best]
 
+    def layer_of(self, feature: int) -> int | None:
+        """The block that a latent reads, where the latents of the index read different ones."""
+        return next((layer for layer, latents in self._layers if feature in latents), None)
+
     def tokens_to_strings(self, ids: Sequence[int]) -> list[str]:
         """Display strings of tokens that stand in this order: a character in pieces is shown on its last piece."""
         return self.strings.show(ids)
@@ -215,7 +228,7 @@ class FeatureIndex:
         text: str,
         *,
         model: "HookedModel | None" = None,
-        dictionary: "Dictionary | None" = None,
+        dictionary: "DictionaryOrSet | None" = None,
         k: int | None = None,
     ) -> PromptFeatures:
         """The latents that fire on each token of `text`, strongest first, at most `k` a token.
@@ -247,7 +260,16 @@ class FeatureIndex:
     def _row(self, values: tuple[Any, ...]) -> FeatureRow:
         names = _ROW.split(", ")
         token = values[names.index("top_token")]
-        return FeatureRow(**dict(zip(names, values, strict=True)), top_token_string=self.strings.one(token))
+        found = dict(zip(names, values, strict=True))
+        return FeatureRow(**found, layer=self.layer_of(found["feature"]), top_token_string=self.strings.one(token))
+
+    def _of_layer(self, layer: int) -> list[range]:
+        """The latents that read a block."""
+        found = [latents for at, latents in self._layers if at == layer]
+        if not found:
+            there = ", ".join(map(str, self.summary.layers)) or "none: all latents read the same"
+            raise ConfigError("The index has no latents of this layer alone", got=layer, expected=there)
+        return found
 
     def _effects(self, ids: list[int], values: list[float]) -> list[TokenEffect]:
         return [TokenEffect(i, self.strings.one(i), v) for i, v in zip(ids, values, strict=True)]
@@ -330,6 +352,7 @@ class FeatureIndex:
             density_histogram=([float(e) for e in edges], [int(c) for c in counts]),
             fingerprint=fingerprint(to_dict(r)),
             neuronpedia=r.neuronpedia,
+            layers=tuple(sorted({layer for layer, _ in self._layers if layer is not None})),
             metrics=metrics,
         )
 

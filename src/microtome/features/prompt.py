@@ -1,4 +1,4 @@
-"""Which latents fire on a text: the model up to the dictionary's hook point, then the encoder."""
+"""Which latents fire on a text: the model up to the dictionary's deepest hook point, then the encoder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from microtome.common.errors import ArtifactError
-from microtome.dictionary import Dictionary, load_dictionary
+from microtome.dictionary import DictionaryOrSet, load_dictionary_or_set
 from microtome.dictionary.fit import check_fit
 from microtome.dictionary.formats import CFG
+from microtome.dictionary.surface import Read
 from microtome.features.config import IndexRecord
 from microtome.features.results import PromptFeatures
 from microtome.model import HookedModel, load_model
@@ -20,18 +21,22 @@ class Reader:
     """A model and the dictionary that reads it."""
 
     model: HookedModel
-    dictionary: Dictionary
+    dictionary: DictionaryOrSet
     bos_id: int | None
 
     @classmethod
     def of(
-        cls, record: IndexRecord, folder: Path, model: HookedModel | None = None, dictionary: Dictionary | None = None
+        cls,
+        record: IndexRecord,
+        folder: Path,
+        model: HookedModel | None = None,
+        dictionary: DictionaryOrSet | None = None,
     ) -> "Reader":
         """The two that the `record` of the index in `folder` names, but for those given.
 
         Raises ArtifactError when the dictionary is another than the one that was indexed.
         """
-        dictionary = dictionary if dictionary is not None else load_dictionary(dictionary_of(record, folder))
+        dictionary = dictionary if dictionary is not None else load_dictionary_or_set(dictionary_of(record, folder))
         if dictionary.fingerprint != record.dictionary_fingerprint:
             raise ArtifactError(
                 "This is not the dictionary that the index describes",
@@ -47,10 +52,9 @@ class Reader:
         """The latents that fire on each token of `text`, strongest first (of equal ones the smaller), at most `k`."""
         tokens = self.model.to_tokens(text)
         ids = [int(i) for i in tokens[0]]
-        hook = self.dictionary.hook_name
         with torch.inference_mode():
-            acts = self.model.activations(tokens, hook)[hook][0].flatten(1)
-            codes = self.dictionary.encode(acts.to(self.dictionary.W_enc.dtype))
+            read = Read(self.model.activations(tokens, list(self.dictionary.origin.inputs)))
+            codes = self.dictionary.encode(read.x(self.dictionary)[0])
         features: list[list[tuple[int, float]]] = []
         for token, latents, values in zip(ids, codes.indices.tolist(), codes.values.tolist(), strict=True):
             fired = sorted(((f, v) for f, v in zip(latents, values, strict=True) if v > 0), key=lambda p: (-p[1], p[0]))

@@ -8,6 +8,8 @@ class FeatureRow:
     """The statistics of one latent. `mean` and `std` are those of its firings; `density` = firings / tokens counted."""
 
     feature: int
+    layer: int | None = None
+    """The block that the latent reads, where the latents of the index read different ones."""
     count: int
     n_sequences: int
     density: float
@@ -126,6 +128,8 @@ class IndexSummary:
     density_histogram: tuple[list[float], list[int]]
     fingerprint: str
     neuronpedia: str | None
+    layers: tuple[int, ...] = ()
+    """The blocks that latents read, where these are several: what lists can be filtered by."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 

@@ -1,37 +1,113 @@
 """What a dictionary's weights alone say of each latent: the logits it moves directly, its nearest latents, its norms.
 
-Direct effect: a latent of activation 1 adds its decoder row d to the residual stream. Past the final norm's learned
-scale w (and, for LayerNorm, its centring) this moves the logits by (d ∘ w) @ W_U, up to the norm's division, which
-depends on the token and is left out; the mean over the vocabulary is taken off, since softmax does not see it.
+Direct effect: a latent of activation 1 adds a vector d to the residual stream (`LatentWeights.direction`). Past the final
+norm's learned scale w (and, for LayerNorm, its centring) this moves the logits by (d ∘ w) @ W_U, up to the norm's division,
+which depends on the token and is left out; the mean over the vocabulary is taken off, since softmax does not see it.
 Both tables are computed a few latents at a time: latents × vocabulary is never in memory.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
-from microtome.dictionary import Dictionary
+from microtome.common.errors import ConfigError
+from microtome.dictionary import CrossLayerTranscoder, Dictionary, DictionarySet, SparseDictionary
 from microtome.features.config import IndexConfig
 from microtome.features.write import WeightFacts
 from microtome.model import HookedModel, HookName
 
 _CELLS = 1 << 25
 _VOCABULARY_SLICE = 1 << 15
+_STREAM = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 Table = tuple[Int32[np.ndarray, "d_sae n"], Float32[np.ndarray, "d_sae n"]]
 """The columns chosen of each row, and their values."""
 
 
+@dataclass(frozen=True)
+class LatentWeights:
+    """The weights of every latent of a dictionary, of whatever class.
+
+    `direction` is what a latent of activation 1 adds to the residual stream before the unembedding, if nothing behind its
+    outputs answers to it: what it writes at several points *of* the stream (a crosscoder's) is the same thing seen at
+    several depths, so the deepest one counts; what it writes *into* the stream (the MLP outputs of a cross-layer
+    transcoder) adds up. `row` is what nearest latents are found by: the decoder row, and for a cross-layer transcoder,
+    whose rows for all layers would be many gigabytes, the direction.
+    """
+
+    encoder_norm: Float[Tensor, " d_sae"]
+    decoder_norm: Float[Tensor, " d_sae"]
+    bias: Float[Tensor, " d_sae"]
+    direction: Float[Tensor, "d_sae d"]
+    row: Float[Tensor, "d_sae d_row"]
+
+    @classmethod
+    def of(cls, sae: SparseDictionary) -> "LatentWeights":
+        """Raises ConfigError for a set whose outputs are of several widths."""
+        if isinstance(sae, DictionarySet):
+            return cls._of_set(sae)
+        if isinstance(sae, CrossLayerTranscoder):
+            rows = [each.detach().float() for each in sae.W_dec]
+            written = torch.cat([each.sum(1) for each in rows])
+            return cls(
+                encoder_norm=sae.encoder.float().norm(dim=2).flatten(),
+                decoder_norm=torch.cat([each.flatten(1).norm(dim=1) for each in rows]),
+                bias=sae.b_enc.float().flatten(),
+                direction=written,
+                row=written,
+            )
+        assert isinstance(sae, Dictionary)
+        W_dec = sae.W_dec.float()
+        return cls(
+            encoder_norm=sae.encoder.float().norm(dim=1),
+            decoder_norm=sae.point_norms().float().sum(1),
+            bias=sae.b_enc.float(),
+            direction=_direction(W_dec, sae),
+            row=W_dec,
+        )
+
+    @classmethod
+    def _of_set(cls, sae: DictionarySet) -> "LatentWeights":
+        if len(set(sae.out_widths)) > 1:
+            raise ConfigError(
+                "The dictionaries of this set have outputs of several widths, which share no space",
+                got=", ".join(map(str, sae.out_widths)),
+                fix="Index them one by one",
+            )
+        parts = [cls.of(member) for member in sae.dictionaries]
+        return cls(
+            encoder_norm=torch.cat([part.encoder_norm for part in parts]),
+            decoder_norm=torch.cat([part.decoder_norm for part in parts]),
+            bias=torch.cat([part.bias for part in parts]),
+            direction=torch.cat([part.direction for part in parts]),
+            row=torch.cat([part.row for part in parts]),
+        )
+
+
+def _direction(W_dec: Float[Tensor, "d_sae d_out"], sae: Dictionary) -> Float[Tensor, "d_sae d"]:
+    """What each latent adds to the stream, where the outputs of a crosscoder are of one width; else the rows."""
+    names, widths = [HookName.parse(name) for name in sae.origin.outputs], sae.output_widths
+    if len(names) == 1 or len(set(widths)) > 1:
+        return W_dec
+    pieces = dict(zip(names, W_dec.split(widths[0], 1), strict=True))
+    stream = [name for name in names if name.point in _STREAM]
+    return pieces[max(stream)] if stream else torch.stack(list(pieces.values())).sum(0)
+
+
 @torch.inference_mode()
-def weight_facts(model: HookedModel, sae: Dictionary, config: IndexConfig) -> WeightFacts:
-    """The facts of every latent of `sae`. The logit lists are empty for a hook point outside the residual stream's
+def weight_facts(model: HookedModel, sae: SparseDictionary, config: IndexConfig) -> WeightFacts:
+    """The facts of every latent of `sae`. The logit lists are empty where an output is outside the residual stream's
     space.
     """
-    (top_ids, top_values), (bottom_ids, bottom_values) = logit_effects(model, sae, config.logits)
-    near_ids, near_cosines = nearest_latents(sae.W_dec, config.neighbours)
+    weights = LatentWeights.of(sae)
+    inside = all(HookName.parse(name).axes[-1] == "d_model" for name in sae.origin.outputs)
+    directions = weights.direction if inside else weights.direction[:, :0]
+    (top_ids, top_values), (bottom_ids, bottom_values) = logit_effects(model, directions, config.logits)
+    near_ids, near_cosines = nearest_latents(weights.row, config.neighbours)
     return WeightFacts(
         top_logit_ids=top_ids,
         top_logit_values=top_values,
@@ -39,20 +115,21 @@ def weight_facts(model: HookedModel, sae: Dictionary, config: IndexConfig) -> We
         bottom_logit_values=bottom_values,
         neighbour_ids=near_ids,
         neighbour_cosines=near_cosines,
-        encoder_norm=_numpy(sae.W_enc.float().norm(dim=0)),
-        decoder_norm=_numpy(sae.W_dec.float().norm(dim=1)),
-        bias=_numpy(sae.b_enc.float()),
+        encoder_norm=_numpy(weights.encoder_norm),
+        decoder_norm=_numpy(weights.decoder_norm),
+        bias=_numpy(weights.bias),
     )
 
 
 @torch.inference_mode()
-def logit_effects(model: HookedModel, sae: Dictionary, n: int) -> tuple[Table, Table]:
-    """The `n` tokens whose logits each latent raises most, and those it lowers most; strongest first."""
-    if HookName.parse(sae.hook_name).axes[-1] != "d_model":
-        empty = np.zeros((len(sae.W_dec), 0), np.int32)
+def logit_effects(model: HookedModel, directions: Float[Tensor, "d_sae d"], n: int) -> tuple[Table, Table]:
+    """The `n` tokens whose logits each direction raises most, and those it lowers most; strongest first. Empty lists for
+    directions of width 0."""
+    if directions.shape[1] == 0:
+        empty = np.zeros((len(directions), 0), np.int32)
         return (empty, empty.astype(np.float32)), (empty, empty.astype(np.float32))
     W_U = model.W_U
-    directions = sae.W_dec.to(W_U.device, torch.float32)
+    directions = directions.to(W_U.device, torch.float32)
     norm = model.weights.ln_final
     directions = directions if norm is None else norm.linear(directions)
     n = min(n, W_U.shape[1])

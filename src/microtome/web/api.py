@@ -27,7 +27,8 @@ FeatureId = Annotated[int, Path(ge=0, le=_LAST)]
 
 
 class ListQuery(schemas.Wire):
-    """The feature list's query. `token`: part of the peak token of some top example; `text`: words to search for."""
+    """The feature list's query. `token`: part of the peak token of some top example; `text`: words to search for;
+    `layer`: the block that a feature reads."""
 
     sort: Sort = "density"
     descending: bool = True
@@ -39,6 +40,7 @@ class ListQuery(schemas.Wire):
     alive: bool | None = None
     token: str | None = Field(default=None, max_length=100)
     text: str | None = Field(default=None, max_length=200)
+    layer: int | None = Field(default=None, ge=0, le=_LAST)
 
 
 class ExamplesQuery(schemas.Wire):

@@ -18,6 +18,7 @@ def summary(index: FeatureIndex) -> schemas.Summary:
         model=s.model,
         dictionary=s.dictionary,
         hook_name=s.hook_name,
+        layers=list(s.layers),
         architecture=s.architecture,
         d_in=s.d_in,
         d_sae=s.d_sae,
@@ -48,6 +49,7 @@ def row(r: FeatureRow, glances: Glances) -> schemas.FeatureRow:
     """One line of the list."""
     return schemas.FeatureRow(
         feature=r.feature,
+        layer=r.layer,
         count=r.count,
         n_sequences=r.n_sequences,
         density=r.density,
@@ -127,6 +129,7 @@ def fired(feature: int, peak: float, at: int, n_tokens: int, glances: Glances) -
     glance = glances[feature]
     return schemas.FiredFeature(
         feature=feature,
+        layer=glance.layer,
         peak=peak,
         at=at,
         n_tokens=n_tokens,

@@ -17,10 +17,10 @@ from microtome.features import FeatureIndex, PromptFeatures
 from microtome.web.schemas import EncoderState
 
 if TYPE_CHECKING:
-    from microtome.dictionary import Dictionary
+    from microtome.dictionary import DictionaryOrSet
     from microtome.model import HookedModel
 
-Loader = Callable[[], "tuple[HookedModel, Dictionary]"]
+Loader = Callable[[], "tuple[HookedModel, DictionaryOrSet]"]
 
 MAX_CHARACTERS = 2000
 MAX_TOKENS = 512
@@ -37,7 +37,7 @@ class Encoder:
     def __init__(self, index: FeatureIndex, loader: Loader | None) -> None:
         self.index = index
         self._loader = loader
-        self._loaded: tuple[HookedModel, Dictionary] | None = None
+        self._loaded: tuple[HookedModel, DictionaryOrSet] | None = None
         self._loading = False
         self._failure: str | None = None
         self._waiting = 0
@@ -96,7 +96,7 @@ class Encoder:
             with self._lock:
                 self._waiting -= 1
 
-    def _load(self) -> "tuple[HookedModel, Dictionary]":
+    def _load(self) -> "tuple[HookedModel, DictionaryOrSet]":
         if self._loaded is None:
             assert self._loader is not None
             self._loading = True
@@ -119,12 +119,12 @@ class Encoder:
 def index_loader(index: FeatureIndex) -> Loader:
     """Opens the model and the dictionary that the index names."""
 
-    def load() -> "tuple[HookedModel, Dictionary]":
-        from microtome.dictionary import load_dictionary
+    def load() -> "tuple[HookedModel, DictionaryOrSet]":
+        from microtome.dictionary import load_dictionary_or_set
         from microtome.features.prompt import dictionary_of
         from microtome.model import load_model
 
-        return load_model(index.record.model), load_dictionary(dictionary_of(index.record, index.path))
+        return load_model(index.record.model), load_dictionary_or_set(dictionary_of(index.record, index.path))
 
     return load
 

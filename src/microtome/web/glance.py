@@ -16,6 +16,7 @@ class Glance:
     promotes: list[str]
     density: float
     max: float
+    layer: int | None
 
 
 class Glances:
@@ -25,6 +26,7 @@ class Glances:
         columns = ["feature", "top_token", "top_logit_ids", "density", "max"]
         table = pq.read_table(index.path / "features.parquet", columns=columns)
         self._strings: TokenStrings = index.strings
+        self._layer_of = index.layer_of
         self._rows: dict[int, tuple[int, list[int], float, float]] = {
             feature: (token, logits[:n], density, top)
             for feature, token, logits, density, top in zip(*(table[c].to_pylist() for c in columns), strict=True)
@@ -33,4 +35,6 @@ class Glances:
     def __getitem__(self, feature: int) -> Glance:
         token, logits, density, top = self._rows[feature]
         one = self._strings.one
-        return Glance(one(token) if token >= 0 else None, [one(t) for t in logits], density, top)
+        return Glance(
+            one(token) if token >= 0 else None, [one(t) for t in logits], density, top, self._layer_of(feature)
+        )

@@ -22,11 +22,13 @@ class Histogram(Wire):
 
 
 class Summary(Wire):
-    """What was indexed: the model, the dictionary on it, the text, and how good the dictionary is."""
+    """What was indexed: the model, the dictionary on it, the text, and how good the dictionary is. `layers`: the blocks that
+    its features read, where these are several."""
 
     model: str
     dictionary: str
     hook_name: str
+    layers: list[int]
     architecture: str
     d_in: int
     d_sae: int
@@ -45,9 +47,11 @@ class Summary(Wire):
 
 
 class FeatureRow(Wire):
-    """One line of the feature list. `density` is firings per token; `promotes` are the tokens it pushes up most."""
+    """One line of the feature list. `density` is firings per token; `promotes` are the tokens it pushes up most; `layer` is
+    the block that it reads, where features read different ones."""
 
     feature: int
+    layer: int | None
     count: int
     n_sequences: int
     density: float
@@ -144,6 +148,7 @@ class FiredFeature(Wire):
     """A feature that fires somewhere in the text, with enough to recognise it."""
 
     feature: int
+    layer: int | None
     peak: float
     at: int
     n_tokens: int

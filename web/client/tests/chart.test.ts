@@ -48,7 +48,7 @@ test("known metrics come first and explained, unknown ones are kept", () => {
 });
 
 test("firings are seen from a token and from a feature", () => {
-  const about = (feature: number, peak: number) => ({ feature, peak, at: 1, n_tokens: 1, max: 9, density: 0.1, top_token: "a", promotes: [] });
+  const about = (feature: number, peak: number) => ({ feature, layer: null, peak, at: 1, n_tokens: 1, max: 9, density: 0.1, top_token: "a", promotes: [] });
   const encoded = {
     tokens: ["<s>", "a", "b"],
     firings: [[], [{ feature: 7, value: 3 }, { feature: 2, value: 1 }], [{ feature: 2, value: 2 }]],

@@ -11,7 +11,7 @@ const ROUTES: Route[] = [
   { page: "features", state: LIST_DEFAULTS },
   {
     page: "features",
-    state: { sort: "max", descending: false, minDensity: 0.001, maxDensity: 0.5, minMax: 3, alive: null, token: " a&b=<i>%", row: 1200 },
+    state: { sort: "max", descending: false, minDensity: 0.001, maxDensity: 0.5, minMax: 3, alive: null, token: " a&b=<i>%", layer: 12, row: 1200 },
   },
   { page: "features", state: { ...LIST_DEFAULTS, alive: false } },
   { page: "feature", state: { id: 12, band: "top", scale: "shared", breaks: false, page: 0 } },

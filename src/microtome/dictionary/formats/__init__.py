@@ -6,10 +6,13 @@ disk, `saelens_write` writes.
 
 from microtome.dictionary.formats.load import (
     FORMATS,
+    DictionaryOrSet,
     load_any_dictionary,
     load_cross_layer_transcoder,
     load_dictionaries,
     load_dictionary,
+    load_dictionary_or_set,
+    load_dictionary_set,
     read_dictionary,
 )
 from microtome.dictionary.formats.reading import Hints, Reading
@@ -20,12 +23,15 @@ from microtome.dictionary.formats.saelens_write import save_dictionary
 __all__ = [
     "CFG",
     "FORMATS",
+    "DictionaryOrSet",
     "Hints",
     "Reading",
     "load_any_dictionary",
     "load_cross_layer_transcoder",
     "load_dictionaries",
     "load_dictionary",
+    "load_dictionary_or_set",
+    "load_dictionary_set",
     "log_sparsity",
     "read_dictionary",
     "save_dictionary",

@@ -13,9 +13,10 @@ import torch
 
 from microtome.common.assets import shipped_or
 from microtome.common.device import parse_device, parse_dtype
-from microtome.common.errors import ArtifactError, unknown_name
+from microtome.common.errors import ArtifactError, ConfigError, unknown_name
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
+from microtome.dictionary.dictionary_set import DictionarySet
 from microtome.dictionary.formats.dictionary_learning import FORMAT as DICTIONARY_LEARNING
 from microtome.dictionary.formats.gemma_scope import FORMAT as GEMMA_SCOPE
 from microtome.dictionary.formats.gemma_scope_2 import FORMAT as GEMMA_SCOPE_2
@@ -30,6 +31,7 @@ from microtome.dictionary.formats.releases import find_release
 from microtome.dictionary.formats.saelens import FORMAT as SAELENS
 from microtome.dictionary.formats.sparsify import FORMAT as SPARSIFY
 
+DictionaryOrSet = AnyDictionary | DictionarySet
 FORMATS: Mapping[str, Format] = {
     each.name: each
     for each in (
@@ -143,14 +145,47 @@ def load_dictionaries(path: str | Path, *, device: str = "cpu", dtype: str = "fp
 
     Raises ArtifactError when there is none, or one cannot be read.
     """
-    folder = Path(path)
-    folders = [each for each in folder.iterdir() if each.is_dir()] if folder.is_dir() else []
-    found = [each for each in sorted(folders, key=_natural) if any(f.detect(each) for f in FORMATS.values())]
+    found = _folders(Path(path))
     if not found:
         raise ArtifactError(
-            f"There are no dictionaries in {folder}", got=_listing(folder), expected="a folder for each"
+            f"There are no dictionaries in {path}", got=_listing(Path(path)), expected="a folder for each"
         )
     return [load_dictionary(each, device=device, dtype=dtype) for each in found]
+
+
+def load_dictionary_set(path: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionarySet:
+    """The dictionaries of a folder of folders as one: transcoders of several layers, say, as `microtome train --per-layer`
+    writes them. Raises as `load_dictionaries` does, and ConfigError for dictionaries that make no set."""
+    folder = Path(path)
+    crossed = [each for each in _folders(folder) if isinstance(load_any_dictionary(each), CrossLayerTranscoder)]
+    if crossed:
+        raise ConfigError(
+            f"The dictionaries in {folder} are no set: those of a set have one point each",
+            got=f"a cross-layer transcoder in {crossed[0].name}",
+            fix=f"Name one of them ({crossed[0]}), or compare them (microtome compare)",
+        )
+    made = DictionarySet(load_dictionaries(folder, device=device, dtype=dtype))
+    made.path = folder
+    return made
+
+
+def load_dictionary_or_set(name: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionaryOrSet:
+    """Whatever `name` holds: a dictionary of either class, or a folder of several that make a set. Names and errors are
+    those of `load_dictionary` and `load_dictionary_set`."""
+    path = Path(name)
+    if path.is_dir() and not _is_dictionary(path) and _folders(path):
+        return load_dictionary_set(path, device=device, dtype=dtype)
+    return load_any_dictionary(name, device=device, dtype=dtype)
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders in this one that hold a dictionary, 2 before 10."""
+    folders = [each for each in path.iterdir() if each.is_dir()] if path.is_dir() else []
+    return [each for each in sorted(folders, key=_natural) if _is_dictionary(each)]
+
+
+def _is_dictionary(path: Path) -> bool:
+    return any(each.detect(path) for each in FORMATS.values())
 
 
 def detect_format(path: Path) -> Format:

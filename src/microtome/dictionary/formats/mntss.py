@@ -1,8 +1,9 @@
 """Cross-layer transcoders as circuit-tracer saves and `mntss/clt-*` publishes them: a pair of files for each layer.
 
-`W_enc_l.safetensors` holds W_enc_l [F, d], b_enc_l [F], b_dec_l [d] and, for JumpReLU, threshold_l [F];
-`W_dec_l.safetensors` holds W_dec_l [F, L − l, d]. `config.yaml` names the model and the points of a block. Read from
-circuit-tracer 0.5.0.
+`W_enc_l.safetensors` holds W_enc_l [F, d], b_enc_l [F], b_dec_l [d], for JumpReLU threshold_l [F] and, where there is a
+skip path, W_skip_l [d, d], which is added as x W_skip_l; `W_dec_l.safetensors` holds W_dec_l [F, L − l, d]. `config.yaml`
+names the model and the points of a block. Read from circuit-tracer 0.5.0 and, for the skip path, its later sources
+(`cross_layer_transcoder.py`: `to_safetensors`, `compute_reconstruction`).
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from microtome.common.errors import ArtifactError
-from microtome.dictionary.activation import Activation, JumpReLU, ReLU
+from microtome.dictionary.activation import JumpReLU, ReLU
 from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, build_cross_layer, leftover
@@ -41,7 +42,10 @@ def read(folder: Path, hints: Hints) -> Reading:
         for layer in range(layers)
     ]
     width, d_model = files[0].shape("W_enc_0", 2)
-    thresholds = [file.take_if_there(f"threshold_{layer}", width) for layer, file in enumerate(files)]
+    thresholds = _of_all(folder, "thresholds", [f.take_if_there(f"threshold_{i}", width) for i, f in enumerate(files)])
+    skips = _of_all(
+        folder, "skip paths", [f.take_if_there(f"W_skip_{i}", d_model, d_model) for i, f in enumerate(files)]
+    )
     weights = {
         "encoder": _stack(files, "W_enc", width, d_model),
         "b_enc": _stack(files, "b_enc", width),
@@ -49,6 +53,8 @@ def read(folder: Path, hints: Hints) -> Reading:
     }
     for layer, file in enumerate(files):
         weights[f"W_dec.{layer}"] = file.take(f"W_dec_{layer}", width, layers - layer, d_model)
+    if skips:
+        weights["W_skip"] = torch.stack(skips)
     said, notes = _config(folder)
     origin = Origin(
         model_name=hints.model_name or hub_model(said.get("model_name", UNKNOWN)),
@@ -57,7 +63,7 @@ def read(folder: Path, hints: Hints) -> Reading:
             f"blocks.{i}.{hints.hook_name_out or said.get('feature_output_hook', WRITES)}" for i in range(layers)
         ),
     )
-    made = build_cross_layer(folder, origin, _activation(folder, thresholds), weights)
+    made = build_cross_layer(folder, origin, JumpReLU(torch.cat(thresholds)) if thresholds else ReLU(), weights)
     for file in files:
         file.refuse("W_skip", "threshold")
     left = leftover([name for file in files for name in file.left])
@@ -73,16 +79,14 @@ def _stack(files: list[TensorFile], name: str, *shape: int) -> Tensor:
     return torch.stack([file.take(f"{name}_{layer}", *shape) for layer, file in enumerate(files)])
 
 
-def _activation(folder: Path, thresholds: list[Tensor | None]) -> Activation:
-    given = [threshold for threshold in thresholds if threshold is not None]
-    if not given:
-        return ReLU()
-    if len(given) < len(thresholds):
+def _of_all(folder: Path, what: str, found: list[Tensor | None]) -> list[Tensor]:
+    """What all layers have, or an empty list where none has it. Raises ArtifactError where only some have."""
+    given = [each for each in found if each is not None]
+    if 0 < len(given) < len(found):
         raise ArtifactError(
-            f"Some layers at {folder} have thresholds and others have none",
-            got=f"{len(given)} of {len(thresholds)} layers",
+            f"Some layers at {folder} have {what} and others have none", got=f"{len(given)} of {len(found)} layers"
         )
-    return JumpReLU(torch.cat(given))
+    return given
 
 
 def _config(folder: Path) -> tuple[dict[str, str], list[str]]:

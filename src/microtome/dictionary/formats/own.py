@@ -50,6 +50,7 @@ def cfg_of(made: AnyDictionary) -> dict[str, Any]:
     }
     if isinstance(made, CrossLayerTranscoder):
         facts["activations"] = [_describe(each) for each in made.activations if isinstance(each, Activation)]
+        facts["skip"] = made.W_skip is not None
     else:
         facts["activations"] = [_describe(made.activation)]
         facts |= {"center": made.center, "skip": made.W_skip is not None, "input_norm": made.input_norm}
@@ -88,7 +89,7 @@ def read(folder: Path, hints: Hints) -> Reading:
         first = kinds[0]
         made: AnyDictionary
         if facts["kind"] == "cross_layer_transcoder":
-            made = _cross_layer(folder, file, origin, kinds)
+            made = _cross_layer(folder, file, origin, kinds, skip=facts.get("skip", False))
         else:
             made = _dictionary(folder, file, origin, first, cfg, facts)
     except (LookupError, TypeError, ConfigError) as error:
@@ -158,11 +159,15 @@ def _dictionary(
     )
 
 
-def _cross_layer(folder: Path, file: TensorFile, origin: Origin, kinds: list[dict[str, Any]]) -> CrossLayerTranscoder:
+def _cross_layer(
+    folder: Path, file: TensorFile, origin: Origin, kinds: list[dict[str, Any]], *, skip: bool
+) -> CrossLayerTranscoder:
     layers, width, d_model = file.shape("encoder", 3)
     latents = layers * width // len(kinds)
     activations = [_activation(file, said, f"activations.{i}.", latents) for i, said in enumerate(kinds)]
     weights = {"encoder": file.take("encoder", layers, width, d_model), "b_enc": file.take("b_enc", layers, width)}
     weights["b_dec"] = file.take("b_dec", layers, d_model)
     weights |= {f"W_dec.{i}": file.take(f"W_dec.{i}", width, layers - i, d_model) for i in range(layers)}
+    if skip:
+        weights["W_skip"] = file.take("W_skip", layers, d_model, d_model)
     return build_cross_layer(folder, origin, activations[0] if len(kinds) == 1 else activations, weights)

@@ -138,13 +138,14 @@ def build(
 def build_cross_layer(
     folder: Path, origin: Origin, activation: Activation | list[Activation], weights: dict[str, Tensor]
 ) -> CrossLayerTranscoder:
-    """A CrossLayerTranscoder of tensors called as its parameters are: encoder, b_enc, b_dec, W_dec.0, W_dec.1 …"""
+    """A CrossLayerTranscoder of tensors called as its parameters are: encoder, b_enc, b_dec, W_dec.0, W_dec.1 …, and W_skip
+    where it has a skip path."""
     layers, width, d_model = weights["encoder"].shape
     if len(origin.inputs) != layers:
         raise ArtifactError(
             f"The weights at {folder} do not fit the hook points", got=f"{layers} layers", expected=len(origin.inputs)
         )
-    made = CrossLayerTranscoder(d_model, width, activation, origin=origin)
+    made = CrossLayerTranscoder(d_model, width, activation, origin=origin, skip="W_skip" in weights)
     for each in made.activations:
         assert isinstance(each, Activation)
         check_activation(folder, each, made.d_sae // len(made.activations))

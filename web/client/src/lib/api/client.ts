@@ -43,6 +43,7 @@ export function getFeatures(state: ListState, offset: number, limit: number): Pr
     ["min_max", state.minMax],
     ["alive", state.alive],
     ["token", state.token || null],
+    ["layer", state.layer],
   ];
   for (const [name, value] of filters) if (value !== null) query.set(name, String(value));
   query.set("offset", String(offset));

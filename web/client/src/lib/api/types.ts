@@ -6,11 +6,12 @@ export interface Histogram {
   counts: number[];
 }
 
-/** What was indexed: the model, the dictionary on it, the text, and how good the dictionary is. */
+/** What was indexed: the model, the dictionary on it, the text, and how good the dictionary is. `layers`: the blocks that its features read, where these are several. */
 export interface Summary {
   model: string;
   dictionary: string;
   hook_name: string;
+  layers: number[];
   architecture: string;
   d_in: number;
   d_sae: number;
@@ -28,9 +29,10 @@ export interface Summary {
   provenance: Record<string, unknown>;
 }
 
-/** One line of the feature list. `density` is firings per token; `promotes` are the tokens it pushes up most. */
+/** One line of the feature list. `density` is firings per token; `promotes` are the tokens it pushes up most; `layer` is the block that it reads, where features read different ones. */
 export interface FeatureRow {
   feature: number;
+  layer: number | null;
   count: number;
   n_sequences: number;
   density: number;
@@ -115,6 +117,7 @@ export interface Firing {
 /** A feature that fires somewhere in the text, with enough to recognise it. */
 export interface FiredFeature {
   feature: number;
+  layer: number | null;
   peak: number;
   at: number;
   n_tokens: number;

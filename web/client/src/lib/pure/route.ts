@@ -11,6 +11,7 @@ export interface ListState {
   minMax: number | null;
   alive: boolean | null;
   token: string;
+  layer: number | null;
   row: number;
 }
 
@@ -41,7 +42,7 @@ export const MAX_TEXT = 2000;
 
 export const LIST_DEFAULTS: ListState = {
   sort: "density", descending: true, minDensity: null, maxDensity: null,
-  minMax: null, alive: true, token: "", row: 0,
+  minMax: null, alive: true, token: "", layer: null, row: 0,
 };
 
 /** The route that an address names. Whatever it does not understand in the query falls back to the default. */
@@ -97,6 +98,7 @@ function parseList(q: URLSearchParams): ListState {
     minMax: decimal(q.get("min_max")),
     alive: alive === "all" ? null : alive === "dead" ? false : true,
     token: (q.get("token") ?? "").slice(0, 100),
+    layer: integer(q.get("layer")),
     row: integer(q.get("row")) ?? 0,
   };
 }
@@ -109,6 +111,7 @@ function listQuery(state: ListState): [string, string][] {
   if (state.minDensity !== null) out.push(["min_density", String(state.minDensity)]);
   if (state.maxDensity !== null) out.push(["max_density", String(state.maxDensity)]);
   if (state.minMax !== null) out.push(["min_max", String(state.minMax)]);
+  if (state.layer !== null) out.push(["layer", String(state.layer)]);
   if (state.alive === null) out.push(["alive", "all"]);
   if (state.alive === false) out.push(["alive", "dead"]);
   if (state.row > 0) out.push(["row", String(state.row)]);

@@ -27,7 +27,7 @@ from microtome.dictionary.formats.reading import (
 )
 from microtome.dictionary.formats.saelens_cfg import CFG
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
-from microtome.dictionary.formats.values import damaged, table, whole
+from microtome.dictionary.formats.values import damaged, flag, table, whole
 
 KEY, NAME, VERSION = "microtome", "microtome", 1
 WEIGHTS = "sae_weights.safetensors"
@@ -89,7 +89,7 @@ def read(folder: Path, hints: Hints) -> Reading:
         first = kinds[0]
         made: AnyDictionary
         if facts["kind"] == "cross_layer_transcoder":
-            made = _cross_layer(folder, file, origin, kinds, skip=facts.get("skip", False))
+            made = _cross_layer(folder, file, origin, kinds, skip=flag(folder / CFG, facts, "skip"))
         else:
             made = _dictionary(folder, file, origin, first, cfg, facts)
     except (LookupError, TypeError, ConfigError) as error:
@@ -140,9 +140,9 @@ def _dictionary(
     facts: dict[str, Any],
 ) -> Dictionary:
     d_in, d_out, d_sae = (whole(folder / CFG, cfg, key) for key in ("d_in", "d_out", "d_sae"))
-    for key, known in (("center", (True, False)), ("skip", (True, False)), ("input_norm", get_args(InputNorm))):
-        if facts[key] not in known or isinstance(facts[key], bool) != isinstance(known[0], bool):
-            raise damaged(folder / CFG, key, facts[key], f"one of {', '.join(map(str, known))}")
+    center, skip, norm = flag(folder / CFG, facts, "center"), flag(folder / CFG, facts, "skip"), facts["input_norm"]
+    if norm not in get_args(InputNorm):
+        raise damaged(folder / CFG, "input_norm", norm, f"one of {', '.join(get_args(InputNorm))}")
     return build(
         folder,
         origin,
@@ -152,10 +152,10 @@ def _dictionary(
             W_dec=file.take("W_dec", d_sae, d_out),
             b_enc=file.take("b_enc", d_sae),
             b_dec=file.take("b_dec", d_out),
-            W_skip=file.take("W_skip", d_in, d_out) if facts["skip"] else None,
+            W_skip=file.take("W_skip", d_in, d_out) if skip else None,
         ),
-        center=facts["center"],
-        input_norm=facts["input_norm"],
+        center=center,
+        input_norm=norm,
     )
 
 

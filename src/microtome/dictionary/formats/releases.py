@@ -74,16 +74,27 @@ def releases() -> Mapping[str, Release]:
     return {name: from_dict(Release, {**facts}) for name, facts in json.loads(text).items()}
 
 
+@functools.cache
+def _names() -> Mapping[str, tuple[Release, str]]:
+    """Releases and their sets by name, each with its folder in the repository."""
+    names = {name: (release, "") for name, release in releases().items()}
+    sets = {
+        f"{name}-{part}": (release, place)
+        for name, (release, _) in names.items()
+        for part, place in release.sets.items()
+    }
+    return {**sets, **names}
+
+
 def find_release(name: str) -> Found | None:
     """The dictionary `release/id`; None when `name` begins with no release. Raises ArtifactError for a release without id."""
     start, _, inside = name.partition("/")
-    for release, found in releases().items():
-        for suffix, folder in ({"": ""} | {f"-{part}": place for part, place in found.sets.items()}).items():
-            if start != release + suffix:
-                continue
-            if not inside:
-                example = found.example if not suffix else found.example.rpartition("/")[2]
-                fix = f"Name one, for example {start}/{example}"
-                raise ArtifactError(f"{start} is a release of many dictionaries", fix=fix)
-            return Found(release=found, id=inside, inside=folder)
-    return None
+    if start not in _names():
+        return None
+    release, folder = _names()[start]
+    if not inside:
+        example = release.example.removeprefix(release.example.partition("/")[0] + "/") if folder else release.example
+        raise ArtifactError(
+            f"{start} is a release of many dictionaries", fix=f"Name one, for example {start}/{example}"
+        )
+    return Found(release=release, id=inside, inside=folder)

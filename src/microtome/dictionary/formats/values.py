@@ -29,6 +29,14 @@ def whole(file: Path, config: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def flag(file: Path, config: Mapping[str, Any], key: str) -> bool:
+    """What is true or false under a key; false where there is none."""
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise damaged(file, key, value, "true or false")
+    return value
+
+
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether it is a positive integer: true and false, which Python counts as integers, are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -118,7 +118,7 @@ def written_out(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", [CROSS, CLT, f"{CLT}_affine"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 def test_several_layers(name: str, causal: bool, tmp_path: Path) -> None:
-    """Compact where each layer writes only to later ones and without affine paths; otherwise as one dictionary of all points."""
+    """Compact where each layer writes only to later ones; otherwise as one dictionary of all points."""
     folder = copy(name, tmp_path)
     if not causal:
         tensors = tensors_of(folder, 2)
@@ -128,9 +128,8 @@ def test_several_layers(name: str, causal: bool, tmp_path: Path) -> None:
     codes, out = written_out(folder, x)
     torch.testing.assert_close(made.encode(x).to_dense(), codes, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(made(x), out, atol=1e-4, rtol=1e-5)
-    compact = causal and not name.endswith("affine")
-    assert isinstance(made, CrossLayerTranscoder if compact else Dictionary)
-    assert any("nearly all of it zeros" in note for note in read_dictionary(folder).notes) == (not compact)
+    assert isinstance(made, CrossLayerTranscoder if causal else Dictionary)
+    assert any("nearly all of it zeros" in note for note in read_dictionary(folder).notes) == (not causal)
     assert load_any_dictionary(folder / "params_layer_0.safetensors").fingerprint == made.fingerprint
 
 

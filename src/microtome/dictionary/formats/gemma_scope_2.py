@@ -6,7 +6,7 @@ mlp_out, attn_out, transcoder, each also with `_all`).
 
 Weakly causal crosscoders and cross-layer transcoders have a file for each layer, `params_layer_0.safetensors` …, whose w_dec
 [F, layers, d] says what its latents write to each layer. Both are causal: nothing is written to a layer before. They become
-a CrossLayerTranscoder; with affine paths, or weights that are not causal, a Dictionary of all layers at once.
+a CrossLayerTranscoder; with weights that are not causal, a Dictionary of all layers at once.
 
 Source: McDougall et al. 2025, "Gemma Scope 2 - Technical Paper", 2.6 and 3.1; read from SAELens 6.54.12 and circuit-tracer 0.5.0.
 """
@@ -131,12 +131,14 @@ def _several(folder: Path, config: dict[str, Any], hints: Hints, notes: list[str
     activation = JumpReLU(torch.cat([file.take("threshold", width) for file in files]))
     notes.extend(leftover(sorted({name for file in files for name in file.left})))
     causal = all(not rows[:, :layer].any() for layer, rows in enumerate(W_dec))
-    if causal and skips[0] is None:
+    if causal:
         weights |= {f"W_dec.{layer}": rows[:, layer:] for layer, rows in enumerate(W_dec)}
+        if skips[0] is not None:
+            weights["W_skip"] = torch.stack([skip for skip in skips if skip is not None])
         return build_cross_layer(folder, hints.applied(origin), activation, weights)
     notes.append(
-        f"{'it has affine paths' if causal else 'latents write to earlier layers too'}: a dictionary of all {layers} layers at "
-        f"once, whose encoder is {layers} times as large as in the files, nearly all of it zeros"
+        f"latents write to earlier layers too: a dictionary of all {layers} layers at once, whose encoder is {layers} times as "
+        "large as in the files, nearly all of it zeros"
     )
     return build(
         folder,

@@ -89,7 +89,7 @@ def read(folder: Path, hints: Hints) -> Reading:
         first = kinds[0]
         made: AnyDictionary
         if facts["kind"] == "cross_layer_transcoder":
-            made = _cross_layer(folder, file, origin, kinds, skip=facts.get("skip", False))
+            made = _cross_layer(folder, file, origin, kinds, skip=bool(facts.get("skip")))
         else:
             made = _dictionary(folder, file, origin, first, cfg, facts)
     except (LookupError, TypeError, ConfigError) as error:

@@ -166,6 +166,10 @@ def test_a_crosscoders_effect_is_that_of_its_deepest_state_or_of_all_that_it_add
     torch.testing.assert_close(LatentWeights.of(states).decoder_norm, norms)
     backwards = random_at(STREAM[::-1])
     torch.testing.assert_close(LatentWeights.of(backwards).direction, backwards.W_dec[:, :D])
+    causal = random_cross_layer("tiny-llama", STREAM, STREAM, d=D)
+    torch.testing.assert_close(
+        LatentWeights.of(causal).direction, torch.cat([causal.W_dec[0][:, 1], causal.W_dec[1][:, 0]])
+    )
     added = random_at(READS, WRITES)
     torch.testing.assert_close(LatentWeights.of(added).direction, added.W_dec[:, :D] + added.W_dec[:, D:])
 

@@ -33,8 +33,8 @@ class LatentWeights:
     """The weights of every latent of a dictionary, of whatever class.
 
     `direction` is what a latent of activation 1 adds to the residual stream before the unembedding, if nothing behind its
-    outputs answers to it: what it writes at several points *of* the stream (a crosscoder's) is the same thing seen at
-    several depths, so the deepest one counts; what it writes *into* the stream (the MLP outputs of a cross-layer
+    outputs answers to it: what it writes at several points *of* the stream (a crosscoder's, also a causal one's) is the
+    same thing seen at several depths, so the deepest one counts; what it writes *into* the stream (the MLP outputs of a cross-layer
     transcoder) adds up. `row` is what nearest latents are found by: the decoder row, and for a cross-layer transcoder,
     whose rows for all layers would be many gigabytes, the direction.
     """
@@ -52,7 +52,9 @@ class LatentWeights:
             return cls._of_set(sae)
         if isinstance(sae, CrossLayerTranscoder):
             rows = [each.detach().float() for each in sae.W_dec]
-            written = torch.cat([each.sum(1) for each in rows])
+            # The last layer's row is the deepest state; MLP outputs of all layers add up.
+            states = all(HookName.parse(name).point in _STREAM for name in sae.origin.outputs)
+            written = torch.cat([each[:, -1] if states else each.sum(1) for each in rows])
             return cls(
                 encoder_norm=sae.encoder.float().norm(dim=2).flatten(),
                 decoder_norm=torch.cat([each.flatten(1).norm(dim=1) for each in rows]),

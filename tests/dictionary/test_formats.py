@@ -91,11 +91,12 @@ def assert_same(ours: Dictionary | CrossLayerTranscoder, theirs: Dictionary | Cr
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_survives_a_round_trip(name: str, tmp_path: Path) -> None:
     made = made_of(name)
-    save_dictionary(made, tmp_path)
-    assert json.loads((tmp_path / "cfg.json").read_text())["architecture"] == name
-    assert read_dictionary(tmp_path).format == ("microtome" if name.startswith("microtome") else "saelens")
-    assert read_dictionary(tmp_path).notes == ()
-    assert_same(load_dictionary(tmp_path), made)
+    folder = tmp_path / "not" / "there"
+    save_dictionary(made, str(folder))
+    assert json.loads((folder / "cfg.json").read_text())["architecture"] == name
+    assert read_dictionary(folder).format == ("microtome" if name.startswith("microtome") else "saelens")
+    assert read_dictionary(folder).notes == ()
+    assert_same(load_dictionary(folder), made)
 
 
 def test_tied_weights_are_written_apart(tmp_path: Path) -> None:

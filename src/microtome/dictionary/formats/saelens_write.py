@@ -23,12 +23,12 @@ _FORMAT_VERSION = "6.0.0"  # the oldest SAELens whose reader takes this layout
 
 def save_dictionary(
     made: AnyDictionary,
-    folder: Path,
+    folder: Path | str,
     *,
     fold_decoder_norms: bool = False,
     log_sparsity: Tensor | None = None,
 ) -> None:
-    """Write both files of the format into an existing folder. Weights are written in their own dtype.
+    """Write both files of the format into a folder, which is made where there is none. Weights are written in their own dtype.
 
     What SAELens has no name for (a crosscoder, a TopK transcoder, GroupMax …) is written in the same two files with an
     `architecture` that it refuses and a key `microtome`. With `fold_decoder_norms` the written decoder rows have norm
@@ -44,7 +44,8 @@ def save_dictionary(
         cfg, tensors = saelens_cfg(made), _tensors(made)
     else:
         cfg, tensors = cfg_of(made), tensors_of(made)
-    plain = _apart(tensors)
+    plain, folder = _apart(tensors), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / WEIGHTS) as temporary:
         save_file(plain, temporary)
     if log_sparsity is not None:

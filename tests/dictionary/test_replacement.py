@@ -26,7 +26,7 @@ from microtome.dictionary import (
 )
 from microtome.dictionary.activation import ReLU, TopK
 from microtome.dictionary.splice import REPLACED
-from microtome.dictionary.surface import decoder_rows
+from microtome.dictionary.surface import SparseDictionary, decoder_rows
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
 
@@ -77,7 +77,8 @@ def clt_prediction(clt: CrossLayerTranscoder) -> Predict:
 
 def set_prediction(members: Sequence[Dictionary]) -> Predict:
     def predict(layer: int, streams: list[Tensor]) -> Tensor:
-        return members[layer](streams[layer])
+        predicted: Tensor = members[layer](streams[layer])
+        return predicted
 
     return predict
 
@@ -101,7 +102,7 @@ def plain_run(model: HookedModel, tokens: Tensor, where: Tensor, predict: Predic
     for layer, block in enumerate(model.hf.get_submodule("model.layers").children()):
         norm, mlp = block.get_submodule("post_attention_layernorm"), block.get_submodule("mlp")
         handles.append(norm.register_forward_pre_hook(lambda _, given: streams.append(given[0])))
-        handles.append(mlp.register_forward_hook(output(layer)))  # type: ignore[arg-type]
+        handles.append(mlp.register_forward_hook(output(layer)))
     try:
         logits: Tensor = model.hf(tokens).logits
     finally:
@@ -173,7 +174,7 @@ def test_autoencoders_at_several_points_read_what_those_before_them_wrote(
     with torch.no_grad():
         got = replacement_logits(tiny_llama, tokens, DictionarySet(saes), everywhere)
         hooks = [(point, lambda act, _, sae=sae: sae(act)) for point, sae in zip(points, saes, strict=True)]
-        torch.testing.assert_close(got, tiny_llama.run_with_hooks(tokens, hooks))  # type: ignore[arg-type]
+        torch.testing.assert_close(got, tiny_llama.run_with_hooks(tokens, hooks))
 
 
 def test_what_cannot_stand_in_a_running_model(tiny_llama: HookedModel, tiny_dataset: TokenDataset) -> None:
@@ -181,7 +182,7 @@ def test_what_cannot_stand_in_a_running_model(tiny_llama: HookedModel, tiny_data
     backwards = Origin(model_name="tiny-llama", inputs=INPUTS[::-1], outputs=OUTPUTS[::-1])
     behind = Origin(model_name="tiny-llama", inputs=(OUTPUTS[1],), outputs=(OUTPUTS[0],))
     one_choice = CrossLayerTranscoder(D, 10, TopK(4), origin=origin)
-    cannot = [
+    cannot: list[SparseDictionary] = [
         make_transcoder(0),
         Dictionary(2 * D, 8, ReLU(), origin=Origin(model_name="tiny-llama", inputs=INPUTS[:2])),
         one_choice,
@@ -189,7 +190,7 @@ def test_what_cannot_stand_in_a_running_model(tiny_llama: HookedModel, tiny_data
         DictionarySet([Dictionary(D, 8, ReLU(), origin=behind, center=False)]),
     ]
     assert [as_replacement(tiny_llama, each) for each in cannot] == [None] * 5
-    can = [
+    can: list[LayeredDictionary] = [
         make_clt(),
         CrossLayerTranscoder(D, 10, ReLU(), origin=origin),
         make_set(),
@@ -263,7 +264,8 @@ def _each_alone(found: Evaluation, model: HookedModel, dataset: TokenDataset) ->
     for i, member in enumerate(make_set().dictionaries):
         alone = evaluate(model, member, dataset, SOME)
         assert found.points[i].fvu == pytest.approx(alone.fvu, rel=1e-5)
-        assert (found.layers[i].l0, found.layers[i].n_dead) == (pytest.approx(alone.l0), alone.n_dead)
+        assert found.layers[i].l0 == pytest.approx(alone.l0)
+        assert found.layers[i].n_dead == alone.n_dead
 
 
 def test_what_makes_no_set() -> None:

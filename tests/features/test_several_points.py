@@ -16,6 +16,7 @@ from microtome.features import IndexConfig, build_index, open_index
 from microtome.features.weights import LatentWeights
 from microtome.model import HookedModel
 from microtome.model.families import LLAMA
+from microtome.model.hook_point import HookFn, HookPoint
 from microtome.text import TokenDataset
 
 from ..makers import (  # noqa: TID252 – shared by tests
@@ -147,11 +148,17 @@ def test_a_cross_layer_transcoders_effect_is_what_it_adds_to_the_stream_in_all_l
     last = "blocks.1.hook_resid_post"
 
     def stream(more: Tensor) -> Tensor:
-        hooks = [(WRITES[layer], lambda act, _, piece=more[layer]: torch.zeros_like(act) + piece) for layer in range(2)]
-        hooks += [("blocks.1.hook_attn_out", lambda act, _: torch.zeros_like(act))]
-        cache = {}
-        model.run_with_hooks(tokens, [*hooks, (last, lambda act, _: cache.setdefault("it", act))])  # type: ignore[list-item]
-        return cache["it"]
+        def instead(piece: Tensor) -> HookFn:
+            return lambda act, _: piece.expand_as(act)
+
+        found: list[Tensor] = []
+
+        def see(act: Tensor, _: HookPoint) -> None:
+            found.append(act)
+
+        hooks = [(WRITES[layer], instead(more[layer])) for layer in range(2)]
+        model.run_with_hooks(tokens, [*hooks, ("blocks.1.hook_attn_out", instead(torch.zeros(()))), (last, see)])
+        return found[0]
 
     with torch.no_grad():
         moved = stream(made.W_dec[0][5]) - stream(torch.zeros(2, D))

@@ -27,8 +27,9 @@ class JumpReLURule(ReLURule):
 
     def __init__(self, configs: list[JumpReLUConfig]) -> None:
         super().__init__(list(configs))
-        shape = (len(configs), configs[0].d_sae)
-        self.threshold = nn.Parameter(torch.full(shape, configs[0].start_threshold))
+        self.starts: Tensor
+        self.register_buffer("starts", torch.tensor([config.first_threshold for config in configs]), persistent=False)
+        self.threshold = nn.Parameter(self.starts[:, None].repeat(1, configs[0].d_sae))
 
     def keep(self, pre: Float[Tensor, "S n F"], step: Step) -> Kept:
         edge = (self.threshold - self.config.bandwidth / 2).detach()[:, None]
@@ -59,6 +60,9 @@ class JumpReLURule(ReLURule):
         above = kept.member_sums(excess, latents=step.norms)
         return self.config.revive_coefficient * ((all_entries * step.norms).sum(1) + above)
 
+    def rates(self) -> list[tuple[nn.Parameter, float]]:
+        return [(self.threshold, self.config.threshold_rate)]
+
     @torch.no_grad()
     def after_update(self) -> None:
         self.threshold.clamp_(min=0.0)
@@ -68,7 +72,7 @@ class JumpReLURule(ReLURule):
 
     @torch.no_grad()
     def begin_again(self, member: int, latents: Int[Tensor, " c"], share: float) -> None:
-        self.threshold[member, latents] = self.config.start_threshold * share
+        self.threshold[member, latents] = self.starts[member] * share
 
     @torch.no_grad()
     def begin_with(self, member: int, activation: used.Activation, norms: Float[Tensor, " F"]) -> None:

@@ -1,7 +1,8 @@
-"""JumpReLU's thresholds: where they begin, how quickly they learn, and where they end."""
+"""JumpReLU's thresholds: where they begin, how quickly they learn, and where they end; and where the gates of Gated begin."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from microtome.activations.array import ArraySource
 from microtome.common.errors import ConfigError
 from microtome.dictionary.architectures import make_rule
-from microtome.dictionary.config import JumpReLUConfig
+from microtome.dictionary.config import DictionaryConfig, GatedConfig, JumpReLUConfig
 from microtome.dictionary.resampling import resample
 from microtome.dictionary.stack import DataStatistics, Stack
 from microtome.dictionary.trainer import TrainConfig, Trainer
@@ -56,7 +57,7 @@ def test_each_member_begins_and_begins_again_at_its_own_threshold() -> None:
     zero = torch.zeros(2, D)
     stack.initialise(DataStatistics(zero, zero, 1.0), [0, 1])
     threshold = stack.rule.get_parameter("threshold")
-    assert threshold[:, 0].tolist() == [2.0, 6.0]
+    torch.testing.assert_close(threshold[:, 0].detach(), torch.tensor([2.0, 6.0]))
     with torch.no_grad():
         threshold.fill_(50.0)
     optimiser = torch.optim.Adam(stack.parameters())
@@ -65,6 +66,23 @@ def test_each_member_begins_and_begins_again_at_its_own_threshold() -> None:
         resample(stack, optimiser, member, torch.arange(F) < 3, x, x, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(threshold[:, 2], torch.tensor([0.4, 1.2]))  # a fifth, as their encoder rows
     assert threshold[:, 3].tolist() == [50.0, 50.0]
+
+
+@pytest.mark.parametrize("norms", ["unit", "free"])
+@pytest.mark.parametrize("kind", ["jumprelu", "gated"])
+def test_latents_begin_so_rare_that_two_standard_deviations_are_needed(kind: str, norms: Any) -> None:
+    """Whatever the encoder rows' norms (0.1 where the decoder's are free): 2.3 % of normal rows are above."""
+    config: DictionaryConfig = {
+        "jumprelu": JumpReLUConfig(d_sae=F, coefficient=1.0, norms=norms),
+        "gated": GatedConfig(d_sae=F, norms=norms),
+    }[kind]
+    stack = Stack([config], make_rule([config]), D, D)
+    zero = torch.zeros(1, D)
+    stack.initialise(DataStatistics(zero, zero, 1.0), [0])
+    report = stack.step(
+        torch.randn(1, 4096, D, generator=torch.Generator().manual_seed(0)), zero.expand(1, 4096, D), variance=1.0
+    )
+    assert float(report.l0[0]) / F == pytest.approx(0.0228, rel=0.1)
 
 
 @pytest.mark.parametrize("rate", [1.0, 10.0])

@@ -188,10 +188,19 @@ class PAnnealConfig(L1Config):
 @dataclass(frozen=True, kw_only=True)
 class GatedConfig(PenaltyConfig):
     """A gate decides which latents fire, a tied magnitude how strongly; the penalty and an auxiliary reconstruction
-    (through a frozen decoder) train the gate."""
+    (through a frozen decoder) train the gate.
+
+    A gate opens at first where the encoder's product is above `start_threshold`, in units of the encoder rows' norms (for
+    inputs of mean norm √d the product is about 1 in these). From 0, where half of the latents fire on each row, the
+    penalty has to shrink the encoder's rows to close them, and little is learnt meanwhile."""
 
     architecture = "gated"
     coefficient: float = 5.0
+    start_threshold: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.start_threshold >= 0, "start_threshold must not be negative", got=self.start_threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +214,8 @@ class JumpReLUConfig(PenaltyConfig):
 
     Thresholds and `bandwidth` are in units of z, for inputs of mean norm √d; there z is about 1 before training. A latent
     that fires at z takes about z² from the squared error and costs λ, so thresholds end near √λ. They begin at
-    `start_threshold` (None: 2 √λ, for "quadratic" 1), from where latents are few and learn apart. Adam moves a threshold
+    `start_threshold` (None: 2 √λ, for "quadratic" 1, times the encoder row's norm), from where latents are few and learn
+    apart. Adam moves a threshold
     by at most `threshold_rate` times the learning rate a step; at 1 a short run leaves them, and so L0, where they began.
 
     The published c is 4, for codes that begin far below 1. Where f is above θ ≈ 1 it makes tanh flat, and what is left of

@@ -71,6 +71,11 @@ class JumpReLURule(ReLURule):
         return used.JumpReLU(self.threshold[member].detach().clone())
 
     @torch.no_grad()
+    def begin(self, b_enc: Float[Tensor, "S F"], sizes: Float[Tensor, "S F"]) -> None:
+        if self.config.start_threshold is None:
+            self.threshold.copy_(self.starts[:, None] * sizes)
+
+    @torch.no_grad()
     def begin_again(self, member: int, latents: Int[Tensor, " c"], share: float) -> None:
         self.threshold[member, latents] = self.starts[member] * share
 

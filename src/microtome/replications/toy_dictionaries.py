@@ -79,7 +79,7 @@ def _member(config: ToyModelsConfig, kind: str) -> DictionaryConfig:
         "coefficient_warmup": 0.0,
     }
     if kind.startswith("Gated"):
-        return GatedConfig(**common)
+        return GatedConfig(**common, start_threshold=0.0)
     if kind.startswith("JumpReLU"):
         common["coefficient"] = 2 * config.jumprelu_coefficient
         return JumpReLUConfig(**common, start_threshold=0.1, bandwidth=0.1)

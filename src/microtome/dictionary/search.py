@@ -5,7 +5,7 @@ How λ becomes L0 depends on the activations, the width and the length of the tr
 1. Several dictionaries that differ in λ alone are trained on one stream, with the whole schedule of the long training
    (warm-up, decay, annealing) in few steps. log L0 is interpolated against log λ.
 2. A few near the λ found are trained for as many steps, and for twice as many. What the doubling did to log L0 is taken
-   on to the length of the long training, and interpolated once more.
+   on to the length of the long training, each further doubling doing less than the one before, and interpolated once more.
 """
 
 import itertools
@@ -30,6 +30,7 @@ _MEASURED_BATCHES = 4
 _FEWEST_STEPS = 200
 _MOST_CARRIED = 4.0
 _NARROW = 3.0  # L0 at the ends of a bracket differ by at most so much
+_FADING = 0.65  # what each doubling of the length does to log L0, of what the doubling before did
 _LEAST = 1e-3  # L0 below this counts as this
 
 
@@ -135,7 +136,8 @@ def _closer(
     after = tried(wanted, long)
     if not short < long < whole:
         return after
-    times = math.log(whole / long) / math.log(long / short)
+    doublings = math.log(whole / long) / math.log(long / short)
+    times = _FADING * (1 - _FADING**doublings) / (1 - _FADING)
     return [carried_on(a, b, times) for a, b in zip(tried(wanted, short), after, strict=True)]
 
 

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.train_sides import Rows, Task
 from microtome.common.device import parse_device
+from microtome.dictionary.config import JumpReLUConfig
 from microtome.dictionary.statistics import input_scales
 from microtome.dictionary.trainer import STATISTICS_BATCHES
 
@@ -69,7 +70,11 @@ def _saelens_sae(task: Task, d_in: int, device: str, *, sparse: bool) -> Any:
         "topk": {"k": config.k, "use_sparse_activations": sparse, "rescale_acts_by_decoder_norm": not sparse},
         "batchtopk": {"k": float(config.k), "rescale_acts_by_decoder_norm": True},
         "relu": {"l1_coefficient": config.relu_coefficient, "l1_warm_up_steps": warmup},
-        "jumprelu": {"l0_coefficient": config.jumprelu_coefficient, "l0_warm_up_steps": warmup},
+        "jumprelu": {
+            "l0_coefficient": config.jumprelu_coefficient,
+            "l0_warm_up_steps": warmup,
+            **(_near_start(task) if config.jumprelu_near_start else {}),
+        },
     }
     name = f"{classes[task.architecture]}TrainingSAE"
     made = getattr(sae_lens, f"{name}Config")(
@@ -80,6 +85,18 @@ def _saelens_sae(task: Task, d_in: int, device: str, *, sparse: bool) -> Any:
         **settings[task.architecture],
     )
     return getattr(sae_lens, name)(made)
+
+
+def _near_start(task: Task) -> dict[str, float]:
+    """Decoder rows of norm one and thresholds near where both sides' end, √λ, with our bandwidth. Its default threshold is 0.01,
+    and Adam moves one by the learning rate a step."""
+    ours = task.dictionary()
+    assert isinstance(ours, JumpReLUConfig)
+    return {
+        "decoder_init_norm": 1.0,
+        "jumprelu_init_threshold": task.coefficient**0.5,
+        "jumprelu_bandwidth": ours.bandwidth,
+    }
 
 
 class DictionaryLearning:

@@ -44,6 +44,8 @@ class Config(ModelAndText):
     `relu_coefficient` and `jumprelu_coefficient` are λ in λ Σ f ‖W_dec,i‖ and λ Σ 1[z > θ] beside a summed squared error, for
     inputs of mean norm √d: the same number means the same on both sides, and rises over the first twentieth. Our side is
     trained again with up to `more_coefficients` other λ, to compare FVU at the peer's L0 (`train_fvu.py`).
+    With `jumprelu_near_start` SAELens's JumpReLU begins, through its own options, with decoder rows of norm one and thresholds
+    near where they end, √λ; else with its defaults, from which it does not become sparse within some hundred steps.
     `dead_after` is the number of tokens without a firing after which a latent gets the auxiliary loss, on all sides.
     """
 
@@ -64,6 +66,7 @@ class Config(ModelAndText):
     decay_fraction: float = 0.3
     relu_coefficient: float = 5.0
     jumprelu_coefficient: float = 1.0
+    jumprelu_near_start: bool = True
     more_coefficients: int = 4
     dead_after: int = 1_000_000
     seed: int = 0

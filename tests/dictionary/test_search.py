@@ -52,16 +52,25 @@ def source() -> ArraySource:
         ReLUConfig(**SIZES, coefficient=0.0, norms="free"),
         PAnnealConfig(**SIZES),
         GatedConfig(**SIZES, coefficient=20.0),
+        JumpReLUConfig(**SIZES),
         JumpReLUConfig(**SIZES, **JUMP),
         JumpReLUConfig(**SIZES, **JUMP, sparsity="tanh"),
     ],
-    ids=["relu-free-from-zero", "p-anneal", "gated", "jumprelu-step", "jumprelu-tanh"],
+    ids=["relu-free-from-zero", "p-anneal", "gated", "jumprelu", "jumprelu-low-start", "jumprelu-tanh"],
 )
 def test_a_full_training_ends_at_the_target(dictionary: PenaltyConfig) -> None:
     found = search_coefficient(dictionary, source(), 6.0, config=TRAIN, search=SearchConfig(share=1.0))
     assert replace(found, coefficient=dictionary.coefficient) == dictionary
     [trial] = try_coefficients(found, source(), [found.coefficient], config=TRAIN)
     assert trial.l0 == pytest.approx(6.0, rel=0.1)
+
+
+@pytest.mark.parametrize("target", [2.0, 16.0])
+def test_jumprelu_comes_to_small_and_large_targets(target: float) -> None:
+    """Its thresholds begin at 2 √λ, so λ moves L0 far even in a short training."""
+    found = search_coefficient(JumpReLUConfig(**SIZES), source(), target, config=TRAIN, search=SearchConfig(share=1.0))
+    [trial] = try_coefficients(found, source(), [found.coefficient], config=TRAIN)
+    assert trial.l0 == pytest.approx(target, rel=0.15)
 
 
 @cache
@@ -123,6 +132,13 @@ def test_a_target_out_of_reach_names_what_was_found() -> None:
     assert "with λ 10" in str(caught.value)
     with pytest.raises(InputError, match="no longer moves it"):
         search_coefficient(ReLUConfig(**SIZES), source(), 5.0, config=short, search=search)
+
+
+def test_a_search_that_does_not_enclose_the_target_warns() -> None:
+    """The closer coefficients lie all but at one place; the line through them is all there is."""
+    narrow = SearchConfig(factors=(1 / 16, 16.0), rounds=1, closer=2, closer_factor=1.0001)
+    with pytest.warns(UserWarning, match=r"L0 of 6 did not enclose it: trainings come to L0 \d.* with λ"):
+        search_coefficient(ReLUConfig(**SIZES), source(), 6.0, config=SHORT, search=narrow)
 
 
 @pytest.mark.parametrize("coefficient", [1e-3, 1e4])

@@ -51,6 +51,22 @@ class Synthetic(ActivationSource):
         return {"kind": "synthetic", "dataset": {"fingerprint": "0", "context": 1, "special_ids": [0]}}
 
 
+@pytest.mark.parametrize(
+    ("said", "n_tokens", "dead_after"),
+    [(None, 5_000, 500), (None, 50_000_000, 1_000_000), (None, 64, 6), (700, 5_000, 700)],
+    ids=["a-tenth", "at-most-a-million", "tiny", "said"],
+)
+def test_after_how_many_tokens_a_latent_is_dead(
+    said: int | None, n_tokens: int, dead_after: int, tmp_path: Path
+) -> None:
+    architecture = TopKConfig(d_sae=8, k=2, dead_after=said)
+    trainer = Trainer([architecture], Synthetic(), tmp_path / "x", TrainConfig(n_tokens=n_tokens, batch_size=64))
+    [group] = trainer.groups
+    group.silent[0, 0] = dead_after - 1
+    group.silent[0, 1] = dead_after
+    assert group.dead[0].tolist() == [False, True, *[False] * 6]
+
+
 def test_it_finds_the_features_that_the_data_is_made_of(tmp_path: Path) -> None:
     source = Synthetic()
     architecture = TopKConfig(d_sae=48, k=3, dead_after=4000)

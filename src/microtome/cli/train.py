@@ -51,8 +51,8 @@ class Options(TextOptions):
     """What is done for dead latents."""
     aux_k: int | None = None
     """Dead latents that the auxiliary loss uses per token (default: half of d_in)."""
-    dead_after: int = 200_000
-    """Tokens without a firing after which a latent counts as dead."""
+    dead_after: int | None = None
+    """Tokens without a firing after which a latent counts as dead (default: a tenth of the training's, at most a million)."""
     set: tuple[str, ...] = ()
     """Any other setting of the architecture, as NAME=VALUE: norms=free bandwidth=0.05. An unknown name lists them."""
     sweep: tuple[str, ...] = ()

@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Literal
 from microtome.common.config import check_choices, from_dict, require, to_dict
 from microtome.common.errors import ConfigError, unknown_name
 
+_DEAD_AFTER = 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class DictionaryConfig:
@@ -33,10 +35,11 @@ class DictionaryConfig:
     transpose, or with `encoder_start` "random" with directions of its own, as long (a transcoder's always does).
     `fine_tune` begins with the weights of a dictionary on disk.
 
-    Dead latents, those silent for `dead_after` tokens: `revival` "aux" lets `aux_k` of them (None: half of d_out)
-    model the error, with the weight `aux_coefficient` (Gao et al. 2024, A.2); "resample" gives them new weights every
-    `resample_every` steps until the share `resample_until` of the run (Bricken et al. 2023, "Neuron resampling");
-    "ghost" lets all of them model the error with exponential activations (Jermyn and Templeton 2024).
+    Dead latents, those silent for `dead_after` tokens (None: a tenth of the training's, at most a million): `revival`
+    "aux" lets `aux_k` of them (None: half of d_out) model the error, with the weight `aux_coefficient` (Gao et al. 2024,
+    A.2); "resample" gives them new weights every `resample_every` steps until the share `resample_until` of the run
+    (Bricken et al. 2023, "Neuron resampling"); "ghost" lets all of them model the error with exponential activations
+    (Jermyn and Templeton 2024).
 
     Rows whose distance to b_dec is more than `outlier_cap` times the usual count less, so that attention sinks do not
     lead (None: all count alike). `lr` None takes the training's. Gradients longer than `clip_norm` are shortened.
@@ -56,7 +59,7 @@ class DictionaryConfig:
     encoder_start: Literal["transpose", "random"] = "transpose"
     fine_tune: str | None = None
     revival: Literal["aux", "resample", "ghost", "none"] = "aux"
-    dead_after: int = 1_000_000
+    dead_after: int | None = None
     aux_k: int | None = None
     aux_coefficient: float = 1 / 32
     resample_every: int = 1000
@@ -72,7 +75,7 @@ class DictionaryConfig:
         require(self.d_sae > 0, "d_sae must be positive", got=self.d_sae)
         require(self.aux_k is None or 0 < self.aux_k <= self.d_sae, "aux_k must be between 1 and d_sae", got=self.aux_k)
         require(self.aux_coefficient >= 0, "aux_coefficient must not be negative", got=self.aux_coefficient)
-        require(self.dead_after > 0, "dead_after must be positive", got=self.dead_after)
+        require(self.dead_after is None or self.dead_after > 0, "dead_after must be positive", got=self.dead_after)
         require(self.resample_every > 0, "resample_every must be positive", got=self.resample_every)
         require(0 <= self.resample_until <= 1, "resample_until must be in [0, 1]", got=self.resample_until)
         require(self.outlier_cap is None or self.outlier_cap > 0, "outlier_cap must be positive", got=self.outlier_cap)
@@ -109,6 +112,10 @@ class DictionaryConfig:
     def is_transcoder(self) -> bool:
         """Whether it predicts other points than it reads."""
         return self.cross_layer or bool(self.outputs and self.outputs != self.inputs)
+
+    def dead_after_in(self, n_tokens: int) -> int:
+        """The tokens without a firing after which a latent is dead, in a training of so many."""
+        return max(1, min(_DEAD_AFTER, n_tokens // 10)) if self.dead_after is None else self.dead_after
 
     @property
     def unit_norms(self) -> bool:
@@ -181,10 +188,19 @@ class PAnnealConfig(L1Config):
 @dataclass(frozen=True, kw_only=True)
 class GatedConfig(PenaltyConfig):
     """A gate decides which latents fire, a tied magnitude how strongly; the penalty and an auxiliary reconstruction
-    (through a frozen decoder) train the gate."""
+    (through a frozen decoder) train the gate.
+
+    A gate opens at first where the encoder's product is above `start_threshold`, in units of the encoder rows' norms (for
+    inputs of mean norm √d the product is about 1 in these). From 0, where half of the latents fire on each row, the
+    penalty has to shrink the encoder's rows to close them, and little is learnt meanwhile."""
 
     architecture = "gated"
     coefficient: float = 5.0
+    start_threshold: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.start_threshold >= 0, "start_threshold must not be negative", got=self.start_threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,25 +212,32 @@ class JumpReLUConfig(PenaltyConfig):
     and λ_P Σ ReLU(θ − z) ‖W_dec,i‖ with λ_P = `revive_coefficient` against dead latents (Anthropic, January 2025);
     "quadratic" is λ (L0 / `target_l0` − 1)².
 
-    Thresholds and `bandwidth` are in units of z, for inputs of mean norm √d; there z is about 1 before training. Adam
-    moves a threshold by at most the learning rate a step, so it must not begin far from where it belongs: on the
-    built-in model's activations (300 steps, lr 2e-3) both at 0.1 leave L0 at 171, whatever λ; both at 1 come to 22 with
-    λ 4.
+    Thresholds and `bandwidth` are in units of z, for inputs of mean norm √d; there z is about 1 before training. A latent
+    that fires at z takes about z² from the squared error and costs λ, so thresholds end near √λ. They begin at
+    `start_threshold` (None: 2 √λ, for "quadratic" 1, times the encoder row's norm), from where latents are few and learn
+    apart. Adam moves a threshold
+    by at most `threshold_rate` times the learning rate a step; at 1 a short run leaves them, and so L0, where they began.
+
+    The published c is 4, for codes that begin far below 1. Where f is above θ ≈ 1 it makes tanh flat, and what is left of
+    its gradient, at codes just below θ, only raises thresholds; with 1 both sparsities need about the same λ.
     """
 
     architecture = "jumprelu"
     coefficient: float = 1.0
     sparsity: Literal["step", "tanh", "quadratic"] = "step"
     bandwidth: float = 1.0
-    start_threshold: float = 1.0
-    tanh_scale: float = 4.0
+    start_threshold: float | None = None
+    threshold_rate: float = 10.0
+    tanh_scale: float = 1.0
     revive_coefficient: float = 3e-6
     target_l0: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.bandwidth > 0, "bandwidth must be positive", got=self.bandwidth)
-        require(self.start_threshold >= 0, "start_threshold must not be negative", got=self.start_threshold)
+        start = self.start_threshold
+        require(start is None or start >= 0, "start_threshold must not be negative", got=start)
+        require(self.threshold_rate > 0, "threshold_rate must be positive", got=self.threshold_rate)
         require(self.tanh_scale > 0, "tanh_scale must be positive", got=self.tanh_scale)
         require(self.revive_coefficient >= 0, "revive_coefficient must not be negative", got=self.revive_coefficient)
         if self.sparsity == "quadratic":
@@ -223,6 +246,13 @@ class JumpReLUConfig(PenaltyConfig):
                 "sparsity 'quadratic' needs a target_l0 between 0 and d_sae",
                 got=self.target_l0,
             )
+
+    @property
+    def first_threshold(self) -> float:
+        """The threshold with which latents begin."""
+        if self.start_threshold is not None:
+            return self.start_threshold
+        return 1.0 if self.sparsity == "quadratic" else 2 * self.coefficient**0.5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ class GatedRule(ReLURule):
 
     def __init__(self, configs: list[GatedConfig]) -> None:
         super().__init__(list(configs))
+        self.start = configs[0].start_threshold
         shape = (len(configs), configs[0].d_sae)
         self.r_mag, self.b_mag = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
 
@@ -35,6 +36,10 @@ class GatedRule(ReLURule):
 
     def activation(self, member: int, norms: Float[Tensor, " F"]) -> used.Activation:
         return used.Gated(self.r_mag[member].detach().clone(), self.b_mag[member].detach().clone())
+
+    @torch.no_grad()
+    def begin(self, b_enc: Float[Tensor, "S F"], sizes: Float[Tensor, "S F"]) -> None:
+        b_enc.sub_(self.start * sizes)
 
     @torch.no_grad()
     def begin_again(self, member: int, latents: Int[Tensor, " c"], share: float) -> None:

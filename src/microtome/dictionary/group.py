@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from microtome.common.device import derive_seed, generator
 from microtome.common.errors import InputError
@@ -35,10 +35,16 @@ def alike(config: DictionaryConfig) -> DictionaryConfig:
 
 class Group:
     """A stack in training. `numbers` are its dictionaries' places in the list of all: its members', or the one of the
-    cross-layer transcoder whose layers its members are."""
+    cross-layer transcoder whose layers its members are; the training takes `n_tokens` in all."""
 
     def __init__(
-        self, configs: Sequence[DictionaryConfig], numbers: Sequence[int], sites: Sites, *, device: torch.device
+        self,
+        configs: Sequence[DictionaryConfig],
+        numbers: Sequence[int],
+        sites: Sites,
+        *,
+        n_tokens: int,
+        device: torch.device,
     ) -> None:
         self.configs = [c if c.inputs else replace(c, inputs=sites.names) for c in configs]
         self.numbers, self.config = list(numbers), self.configs[0]
@@ -49,10 +55,11 @@ class Group:
         decoder = self.layout.decoder(self.config.d_sae)
         self.stack = Stack(of_members, make_rule(of_members), self.layout.d_in, self.layout.d_out, decoder).to(device)
         self.optimiser = torch.optim.Adam(
-            self.stack.parameters(), lr=1.0, betas=(self.config.betas[0], self.config.betas[1]), fused=True
+            _by_rate(self.stack), lr=1.0, betas=(self.config.betas[0], self.config.betas[1]), fused=True
         )
         self.variance = torch.ones(len(of_members), device=device)
         self.silent = torch.zeros(len(of_members), self.config.d_sae, dtype=torch.int64, device=device)
+        self.dead_after = self.config.dead_after_in(n_tokens)
         self._any_dead, self._looked = False, 0
 
     # ---- begin --------------------------------------------------------------------------------------------------------
@@ -95,7 +102,8 @@ class Group:
             select_dtype=select_dtype,
         )
         self.stack.before_update()
-        self.optimiser.param_groups[0]["lr"] = lr
+        for each in self.optimiser.param_groups:
+            each["lr"] = lr * each["rate"]
         self.optimiser.step()
         self.stack.after_update()
         self.silent = torch.where(report.fired, 0, self.silent + len(rows))
@@ -104,7 +112,7 @@ class Group:
     @property
     def dead(self) -> Bool[Tensor, "S F"]:
         """The latents that have been silent for `dead_after` tokens."""
-        return self.silent >= self.config.dead_after
+        return self.silent >= self.dead_after
 
     def _dead_if_any(self) -> Bool[Tensor, "S F"] | None:
         dead = self.dead
@@ -161,6 +169,15 @@ class Group:
     ) -> Dictionary | CrossLayerTranscoder:
         """One of its dictionaries, on the model's own activations."""
         return self.layout.export(self.stack, which, origin, scales)
+
+
+def _by_rate(stack: Stack) -> list[dict[str, Any]]:
+    """The stack's parameters, in groups for the optimiser: `rate` times the learning rate is a group's own."""
+    rates = {id(p): rate for p, rate in stack.rule.rates()}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for p in stack.parameters():
+        groups.setdefault(rates.get(id(p), 1.0), []).append(p)
+    return [{"params": some, "rate": rate} for rate, some in groups.items()]
 
 
 def _mean(rows: Float[Tensor, "row d"]) -> Float[Tensor, " d"]:

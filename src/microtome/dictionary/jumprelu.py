@@ -29,8 +29,9 @@ class JumpReLURule(ReLURule):
 
     def __init__(self, configs: list[JumpReLUConfig]) -> None:
         super().__init__(list(configs))
-        shape = (len(configs), configs[0].d_sae)
-        self.threshold = nn.Parameter(torch.full(shape, configs[0].start_threshold))
+        self.starts: Tensor
+        self.register_buffer("starts", torch.tensor([config.first_threshold for config in configs]), persistent=False)
+        self.threshold = nn.Parameter(self.starts[:, None].repeat(1, configs[0].d_sae))
 
     def keep(self, pre: PreActivations, step: Step) -> Kept:
         return self._kept(pre.whole, (self.threshold - self.config.bandwidth / 2).detach())
@@ -60,6 +61,9 @@ class JumpReLURule(ReLURule):
         above = kept.member_sums(excess, latents=step.norms)
         return self.config.revive_coefficient * ((all_entries * step.norms).sum(1) + above)
 
+    def rates(self) -> list[tuple[nn.Parameter, float]]:
+        return [(self.threshold, self.config.threshold_rate)]
+
     @torch.no_grad()
     def after_update(self) -> None:
         self.threshold.clamp_(min=0.0)
@@ -68,8 +72,13 @@ class JumpReLURule(ReLURule):
         return used.JumpReLU(self.threshold[member].detach().clone())
 
     @torch.no_grad()
+    def begin(self, b_enc: Float[Tensor, "S F"], sizes: Float[Tensor, "S F"]) -> None:
+        if self.config.start_threshold is None:
+            self.threshold.copy_(self.starts[:, None] * sizes)
+
+    @torch.no_grad()
     def begin_again(self, member: int, latents: Int[Tensor, " c"], share: float) -> None:
-        self.threshold[member, latents] = self.config.start_threshold * share
+        self.threshold[member, latents] = self.starts[member] * share
 
     @torch.no_grad()
     def begin_with(self, member: int, activation: used.Activation, norms: Float[Tensor, " F"]) -> None:

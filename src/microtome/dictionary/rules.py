@@ -88,6 +88,14 @@ class Rule(nn.Module, ABC, Generic[C]):
     def activation(self, member: int, norms: Float[Tensor, " F"]) -> Activation:
         """The activation with which a member is used after training, given the norms of its decoder rows."""
 
+    def rates(self) -> list[tuple[nn.Parameter, float]]:
+        """The parameters that learn at another rate than the rest, each with the factor to it."""
+        return []
+
+    def begin(self, b_enc: Float[Tensor, "S F"], sizes: Float[Tensor, "S F"]) -> None:
+        """Put the rule's parameters, and if need be the encoder's biases, to where they begin, given the norms of the
+        encoder's rows: what pre-activations are about the size of."""
+
     def begin_again(self, member: int, latents: Int[Tensor, " c"], share: float) -> None:
         """Put what the rule has for these latents back to its start: they get new encoder rows, `share` times as long as
         those of others."""

@@ -5,13 +5,14 @@ How λ becomes L0 depends on the activations, the width and the length of the tr
 1. Several dictionaries that differ in λ alone are trained on one stream, with the whole schedule of the long training
    (warm-up, decay, annealing) in few steps. log L0 is interpolated against log λ.
 2. A few near the λ found are trained for as many steps, and for twice as many. What the doubling did to log L0 is taken
-   on to the length of the long training, and interpolated once more.
+   on to the length of the long training, each further doubling doing less than the one before, and interpolated once more.
 """
 
 import itertools
 import math
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from microtome.dictionary.trainer import TrainConfig, Trainer
 _MEASURED_BATCHES = 4
 _FEWEST_STEPS = 200
 _MOST_CARRIED = 4.0
+_NARROW = 3.0  # L0 at the ends of a bracket differ by at most so much
+_FADING = 0.65  # what each doubling of the length does to log L0, of what the doubling before did
 _LEAST = 1e-3  # L0 below this counts as this
 
 
@@ -35,8 +38,8 @@ _LEAST = 1e-3  # L0 below this counts as this
 class SearchConfig:
     """How to search. The first dictionaries have the config's own coefficient times `factors`, and half of `share` of the
     long training's tokens (200 steps at least). Then `closer` dictionaries, each `closer_factor` from the next, are
-    trained for as many tokens and for twice as many. While the target lies outside of what they give, both are done
-    again further on, `rounds` times in all."""
+    trained for as many tokens and for twice as many. While the target lies outside of what the first give, they are tried
+    again further on, and while the closer ones do not enclose it narrowly, again nearer to it: `rounds` times in all."""
 
     share: float = 0.25
     factors: tuple[float, ...] = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
@@ -84,14 +87,30 @@ def search_coefficient(
     short = _tokens(config, search.share / 2)
     center = _rough(penalised, target_l0, search, lambda wanted: tried(wanted, short))
     trials: list[Trial] = []
-    for _ in range(search.rounds):
-        exponents = [i - (search.closer - 1) / 2 for i in range(search.closer)]
-        wanted = [center * search.closer_factor**each for each in exponents]
+    for nearer in range(search.rounds):
+        factor = search.closer_factor ** (0.5**nearer)
+        wanted = [center * factor ** (i - (search.closer - 1) / 2) for i in range(search.closer)]
         trials = _sorted([*trials, *_closer(wanted, short, config.n_tokens, tried)])
         center = interpolate(trials, target_l0)
-        if bracket(trials, target_l0) is not None:
+        if _is_narrow(bracket(trials, target_l0)):
             break
+    if bracket(trials, target_l0) is None:
+        _warn(trials, target_l0, center)
     return replace(penalised, coefficient=center)
+
+
+def _is_narrow(ends: tuple[Trial, Trial] | None) -> bool:
+    """Whether a straight line between these is near enough to the truth."""
+    return ends is not None and ends[0].l0 <= _NARROW * max(ends[1].l0, _LEAST)
+
+
+def _warn(trials: Sequence[Trial], target_l0: float, coefficient: float) -> None:
+    found = ", ".join(f"{trial.l0:.4g} with λ {trial.coefficient:.3g}" for trial in trials)
+    warnings.warn(
+        f"The search for an L0 of {target_l0:g} did not enclose it: trainings come to L0 {found}. λ {coefficient:.3g} is "
+        "what the line through them says; the training may end beside the target. A larger share of the run helps",
+        stacklevel=3,
+    )
 
 
 def _rough(
@@ -117,7 +136,8 @@ def _closer(
     after = tried(wanted, long)
     if not short < long < whole:
         return after
-    times = math.log(whole / long) / math.log(long / short)
+    doublings = math.log(whole / long) / math.log(long / short)
+    times = _FADING * (1 - _FADING**doublings) / (1 - _FADING)
     return [carried_on(a, b, times) for a, b in zip(tried(wanted, short), after, strict=True)]
 
 

@@ -96,7 +96,7 @@ class Stack(nn.Module):
         """Random decoder rows and the encoder their transpose (or random rows as long, if the config says so); for a
         transcoder random encoder rows and, instead of a decoder of zeros (Paulo et al. 2025, arXiv 2501.18823), one that is
         nearly that: where norms are free TopK selects by them, and rows of zeros would all be alike. Biases so that the mean
-        input has pre-activations of zero."""
+        input has pre-activations of zero, less what the rule begins with."""
         rows = self._directions(seeds, "decoder")
         if self.config.is_transcoder:
             self.encoder.copy_(rows)
@@ -113,6 +113,7 @@ class Stack(nn.Module):
             self.b_dec.copy_(data.y_center)
         if not self.config.centered:
             self.b_enc.copy_(-(self.encoder @ data.x_center[..., None]).squeeze(-1))
+        self.rule.begin(self.b_enc, self.encoder.norm(dim=2))
 
     def _directions(self, seeds: list[int], name: str) -> Float[Tensor, "S F d_in"]:
         rows = torch.stack([torch.randn(self.d_sae, self.d_in, generator=generator(s, name)) for s in seeds])

@@ -222,15 +222,15 @@ class Trainer:
         self.recent: deque[Float[Tensor, "n d"]] = deque(maxlen=config.resample_batches)
 
     def _make_groups(self) -> list[Group]:
-        sites = Sites(self.source.hook_names, self.source.widths)
+        of, whole, sites = self.configs, self.config.n_tokens, Sites(self.source.hook_names, self.source.widths)
         together: list[list[int]] = []
-        for number, config in enumerate(self.configs):
-            fitting = [each for each in together if self._stacks(config, self.configs[each[0]])]
+        for number, config in enumerate(of):
+            fitting = [each for each in together if self._stacks(config, of[each[0]])]
             if fitting:
                 fitting[0].append(number)
             else:
                 together.append([number])
-        return [Group([self.configs[n] for n in numbers], numbers, sites, device=self.device) for numbers in together]
+        return [Group([of[n] for n in some], some, sites, n_tokens=whole, device=self.device) for some in together]
 
     def _stacks(self, a: DictionaryConfig, b: DictionaryConfig) -> bool:
         """Whether the two become members of one stack."""

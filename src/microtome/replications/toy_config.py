@@ -41,8 +41,8 @@ class ToyModelsConfig:
     dictionary_batch: int = 512
     coefficient: float = 0.2
     """The weight of Σ|z| beside the mean squared error of a sparse autoencoder on a toy model."""
-    jumprelu_coefficient: float = 0.05
-    """The same for JumpReLU, which counts latents."""
+    jumprelu_coefficient: float = 0.65
+    """The same for JumpReLU, of Σ tanh(0.3 z)."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from microtome.views import Claim, Directions, Table, at_least, at_most
 from microtome.views.report import Cell
 
 _ARENA, _DENSITY, _LATENTS = "ARENA 1.5.4", 0.025, 5
+_TANH_SCALE = 0.3
 KINDS = ("ReLU", "ReLU, resampled", "Gated, resampled", "JumpReLU, resampled")
 
 
@@ -79,10 +80,12 @@ def _member(config: ToyModelsConfig, kind: str) -> DictionaryConfig:
         "coefficient_warmup": 0.0,
     }
     if kind.startswith("Gated"):
-        return GatedConfig(**common)
+        return GatedConfig(**common, start_threshold=0.0)
     if kind.startswith("JumpReLU"):
         common["coefficient"] = 2 * config.jumprelu_coefficient
-        return JumpReLUConfig(**common, start_threshold=0.1, bandwidth=0.1)
+        # A count of latents gives the encoder no gradient: two latents that share a feature stay so, and the one that could
+        # stand alone dies. A tanh that is nearly straight over the codes (0 to 1.15) pulls as L1 does.
+        return JumpReLUConfig(**common, start_threshold=0.1, bandwidth=0.1, sparsity="tanh", tanh_scale=_TANH_SCALE)
     return ReLUConfig(**common)
 
 

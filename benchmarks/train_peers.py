@@ -73,7 +73,7 @@ def _saelens_sae(task: Task, d_in: int, device: str, *, sparse: bool) -> Any:
         "jumprelu": {
             "l0_coefficient": config.jumprelu_coefficient,
             "l0_warm_up_steps": warmup,
-            **(_near_start(task) if config.jumprelu_near_start else {}),
+            **_near_start(task),
         },
     }
     name = f"{classes[task.architecture]}TrainingSAE"
@@ -88,10 +88,11 @@ def _saelens_sae(task: Task, d_in: int, device: str, *, sparse: bool) -> Any:
 
 
 def _near_start(task: Task) -> dict[str, float]:
-    """Decoder rows of norm one and thresholds near where both sides' end, √λ, with our bandwidth. Its default threshold is 0.01,
-    and Adam moves one by the learning rate a step."""
+    """Decoder rows of norm one and thresholds near where both sides end, √λ, with our bandwidth. Its default threshold is 0.01,
+    and Adam moves one by the learning rate a step. Nothing for other architectures, or where its defaults are wanted."""
     ours = task.dictionary()
-    assert isinstance(ours, JumpReLUConfig)
+    if not isinstance(ours, JumpReLUConfig) or not task.config.jumprelu_near_start:
+        return {}
     return {
         "decoder_init_norm": 1.0,
         "jumprelu_init_threshold": task.coefficient**0.5,

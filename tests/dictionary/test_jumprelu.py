@@ -52,7 +52,8 @@ def test_where_thresholds_begin(config: JumpReLUConfig, start: float) -> None:
 
 
 def test_each_member_begins_and_begins_again_at_its_own_threshold() -> None:
-    configs = [JumpReLUConfig(d_sae=F, coefficient=each, revival="resample") for each in (1.0, 9.0)]
+    starts = (1.0, 9.0)
+    configs: list[DictionaryConfig] = [JumpReLUConfig(d_sae=F, coefficient=each, revival="resample") for each in starts]
     stack = Stack(configs, make_rule(configs), D, D)
     zero = torch.zeros(2, D)
     stack.initialise(DataStatistics(zero, zero, 1.0), [0, 1])

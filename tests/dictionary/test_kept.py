@@ -1,12 +1,11 @@
 """Selection and sparse products, with their gradients, against dense twins."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from microtome.common.errors import ConfigError
 from microtome.dictionary import Dictionary, Origin, SparseCodes
@@ -25,7 +24,7 @@ from microtome.dictionary.config import (
 from microtome.dictionary.kept import DenseKept, SparseKept
 from microtome.dictionary.products import Transpose, sampled_products, weighted_sums
 from microtome.dictionary.rules import Step
-from microtome.dictionary.selection import PreActivations, batch_top_k, top_k
+from microtome.dictionary.selection import PreActivations, batch_top_k, kth_largest, top_k
 from microtome.dictionary.stack import DataStatistics, Stack
 
 S, N, D, F, K = 2, 20, 7, 33, 4
@@ -76,35 +75,20 @@ def test_batch_top_k_finds_the_largest_positive_of_the_batch(name: str, dtype: t
     assert bool(((places // pre.shape[1]).diff() >= 0).all())
 
 
-class _Searched(TorchFunctionMode):
-    """How wide the tensors are that `topk` searches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.widths: list[int] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.topk:
-            self.widths.append(args[0].shape[-1])
-        return func(*args, **(kwargs or {}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_top_k_of_more_columns_than_sixteen_bits_number(dtype: torch.dtype) -> None:
+    pre = normal(3, (1 << 16) + 5).to(dtype)  # in no groups
+    pre[:, -2] = 9.0
+    found = top_k(pre, 4)
+    assert torch.equal(pre.gather(1, found).sort(1).values, pre.sort(1).values[:, -4:])
+    assert bool((found == pre.shape[1] - 2).any(1).all())
 
 
-@pytest.mark.parametrize(
-    ("name", "k", "widths"),
-    [("normal", 16, [64, 64, 64]), ("normal", 20, [256, 80]), ("normal", 100, [1024]), ("no groups", 4, [1001])],
-)
-def test_only_groups_are_searched_where_they_fit(name: str, k: int, widths: list[int]) -> None:
-    with _Searched() as searched:
-        top_k(SELECTED[name].bfloat16(), k)
-    assert searched.widths == widths
-
-
-@pytest.mark.parametrize(("name", "some"), [("normal", True), ("no groups", False)])
-def test_of_a_batch_only_what_may_be_large_is_searched(name: str, some: bool) -> None:
-    pre = SELECTED[name]
-    with _Searched() as searched:
-        batch_top_k(pre, 90)
-    assert (max(searched.widths) <= pre.numel() // 8) == some
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32], ids=["fp32", "bf16", "int32"])
+@pytest.mark.parametrize("k", [1, 7, 100, 200])
+def test_kth_largest(dtype: torch.dtype, k: int) -> None:
+    values = normal(100).mul(10).to(dtype)
+    assert float(kth_largest(values, k)) == sorted(values.tolist(), reverse=True)[min(k, 100) - 1]
 
 
 def test_blocks_of_rows_are_the_whole_and_need_it_not() -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from microtome.dictionary.products import Transpose, sampled_products, starts_of, weighted_sums
-from microtome.dictionary.selection import is_positive
+from microtome.dictionary.selection import is_positive, kth_largest
 
 Entries = Float[Tensor, "..."]
 
@@ -339,4 +339,4 @@ def _edge(values: Float[Tensor, " m"], k: int) -> Float[Tensor, ""]:
     """The k-th largest value, or the smallest if there are fewer (zero if there are none)."""
     if len(values) == 0:
         return values.new_zeros(())
-    return values.topk(min(k, len(values)), sorted=False).values.min()
+    return kth_largest(values.detach(), k)

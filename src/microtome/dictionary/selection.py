@@ -6,19 +6,20 @@ find these is the same task on fewer numbers. Those of a batch are at or above a
 groups do not reach it.
 
 Floats are compared as integers of their bits, which is quicker and for positive ones the same. Negative latents come out
-in no order, which is as good: what is selected goes through a ReLU.
+in no order, which is as good: what is selected goes through a ReLU. Such integers are chosen by numpy's partition, which on
+one thread takes a fifth of the time of `torch.topk` on two; it gives values alone, so their columns are put into bits below.
 """
 
 from collections.abc import Iterator
 from functools import cached_property
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-_FAN = 4  # latents, or groups, in a group
-_COARSE = 4  # fewer groups than these for each latent that is wanted are not grouped again
-_GROUP = 8
+_GROUP = 8  # latents, or groups, in a group
+_COARSE = 2  # fewer groups than these for each latent that is wanted are not searched first
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _ROWS = 512  # a block of them, selected from at once, is still in a CPU's cache
 
@@ -57,14 +58,14 @@ def top_k(pre: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
     if not _is_quick(pre):
         return pre.topk(k, dim=1, sorted=False).indices
     keys, finer = pre.view(_BITS[pre.dtype]), []
-    while keys.shape[1] % _FAN == 0 and keys.shape[1] >= _COARSE * _FAN * k:
+    while keys.shape[1] % _GROUP == 0 and keys.shape[1] >= _COARSE * _GROUP * k:
         finer.append(keys)
-        keys = keys.view(len(keys), _FAN, -1).amax(1)  # columns c, c + width, c + 2 width … are group c
-    found = keys.topk(k, dim=1, sorted=False).indices
+        keys = keys.view(len(keys), _GROUP, -1).amax(1)  # columns c, c + width, c + 2 width … are group c
+    found = _largest(keys, k)
     for keys in reversed(finer):
-        width = keys.shape[1] // _FAN
+        width = keys.shape[1] // _GROUP
         columns = (found[:, :, None] + torch.arange(0, keys.shape[1], width)).flatten(1)
-        found = columns.gather(1, keys.gather(1, columns).topk(k, dim=1, sorted=False).indices)
+        found = columns.gather(1, _largest(keys.gather(1, columns), k))
     return found
 
 
@@ -74,8 +75,16 @@ def batch_top_k(pre: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, " m"]:
     if _is_quick(pre) and pre.shape[1] % _GROUP == 0 and pre.numel() >= _COARSE * _GROUP * k:
         return _batch_by_groups(pre.view(_BITS[pre.dtype]), k)
     flat = pre.reshape(-1)
-    edge = flat.topk(min(k, len(flat)), sorted=False).values.min()
+    edge = kth_largest(flat, k)
     return ((flat >= edge) & is_positive(flat)).nonzero().squeeze(1)
+
+
+def kth_largest(values: Shaped[Tensor, " m"], k: int) -> Shaped[Tensor, ""]:
+    """The k-th largest of some numbers, or the smallest if there are fewer."""
+    k = min(k, len(values))
+    if values.device.type != "cpu" or values.dtype == torch.bfloat16:
+        return values.topk(k, sorted=False).values.min()
+    return torch.from_numpy(np.partition(values.numpy(), len(values) - k))[len(values) - k]
 
 
 def is_positive(values: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
@@ -86,6 +95,15 @@ def is_positive(values: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
 def _is_quick(pre: Float[Tensor, "n d_sae"]) -> bool:
     """Whether it can be seen as integers, and groups are quicker."""
     return pre.device.type == "cpu" and pre.dtype in _BITS and pre.is_contiguous() and 0 < pre.numel() < 1 << 31
+
+
+def _largest(keys: Int[Tensor, "n width"], k: int) -> Int[Tensor, "n k"]:
+    """The columns of the k largest of each row."""
+    width = keys.shape[1]
+    dtype, bits = (torch.int32, 16) if keys.dtype == torch.int16 and width <= 1 << 16 else (torch.int64, 32)
+    packed = keys.to(dtype).bitwise_left_shift_(bits).bitwise_or_(torch.arange(width, dtype=dtype))
+    packed.numpy().partition(width - k, axis=1)
+    return packed[:, width - k :].bitwise_and((1 << bits) - 1).long()
 
 
 def _batch_by_groups(keys: Int[Tensor, "n d_sae"], k: int) -> Int[Tensor, " m"]:
@@ -106,6 +124,6 @@ def _batch_by_groups(keys: Int[Tensor, "n d_sae"], k: int) -> Int[Tensor, " m"]:
 def _edge(keys: Int[Tensor, " m"], k: int) -> Int[Tensor, ""]:
     """The k-th largest key, at least that of the smallest positive number."""
     if keys.dtype == torch.int32:
-        return keys.topk(min(k, len(keys)), sorted=False).values.min().clamp_min(1)
+        return kth_largest(keys, k).clamp_min(1)
     counts = torch.bincount(keys.clamp_min(0).int(), minlength=1 << 15).flip(0).cumsum(0)
     return ((1 << 15) - 1 - torch.searchsorted(counts, k)).clamp_min(1).to(keys.dtype)

@@ -98,7 +98,7 @@ class OwnDecoder(Decoder):
         return weights[member]
 
     def take_out_growth(self) -> None:
-        _take_out_growth(self.W_dec)
+        _take_out_growth(self.W_dec, unit=len(self.widths) == 1)
 
     @torch.no_grad()
     def normalise(self) -> None:
@@ -153,7 +153,7 @@ class CrossLayerDecoder(Decoder):
 
     def take_out_growth(self) -> None:
         for rows in self.W_dec:
-            _take_out_growth(rows)
+            _take_out_growth(rows, unit=True)
 
     @torch.no_grad()
     def normalise(self) -> None:
@@ -162,11 +162,12 @@ class CrossLayerDecoder(Decoder):
 
 
 @torch.no_grad()
-def _take_out_growth(rows: Tensor) -> None:
-    """Take out of the gradient of rows what lies along them."""
+def _take_out_growth(rows: Tensor, *, unit: bool) -> None:
+    """Take out of the gradient of rows, which may be known to have norm one, what lies along them."""
     if rows.grad is not None:
-        squares = rows.norm(dim=-1).square().clamp_min(1e-12)
-        along = torch.einsum("...d,...d->...", rows.grad, rows) / squares
+        along = torch.einsum("...d,...d->...", rows.grad, rows)
+        if not unit:
+            along /= rows.norm(dim=-1).square().clamp_min(1e-12)
         rows.grad.addcmul_(along[..., None], rows, value=-1)
 
 

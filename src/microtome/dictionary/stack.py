@@ -141,7 +141,8 @@ class Stack(nn.Module):
         spreads = torch.as_tensor(variance, dtype=torch.float32, device=y.device).expand(len(self))
         b_dec = self.b_dec if self.config.centered else None
         pre = self.pre_activations(x, select_dtype)
-        weights = self._row_weights(y, spreads)
+        empty = self.b_dec[:, None] - y  # the residual of nothing but b_dec
+        weights = self._row_weights(empty, spreads)
         step = Step(fraction, weights, self.norms(), self.b_enc, lambda: self._column_sums(x))
         dead = dead if self.config.revival in ("aux", "ghost") else None
         for_dead = pre.whole if dead is not None else x.new_empty(len(self), 0, 0)
@@ -149,12 +150,13 @@ class Stack(nn.Module):
         del pre  # without dead latents the gradients may have its memory
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
         f = self.rule.values(kept_pre, kept, step)
-        squared, whole, residual = self._errors(x, y, f, kept, weights)
+        squared, whole, residual = self._errors(x, empty, f, kept, weights)
         unit = 1.0 / (y.shape[1] * spreads.mean())
         frozen = self.rule.frozen_codes(kept_pre, kept, step)
         loss = (squared + self.rule.penalty(kept_pre, f if frozen is None else frozen, kept, step)) * unit
         if frozen is not None:
-            loss = loss + self._frozen_error(y, frozen, kept, weights) * unit
+            frozen_residual = self.decoder.decode(frozen, kept, frozen=True) + empty.detach()
+            loss = loss + _weighted_squares(frozen_residual, weights) * unit
         aux = loss.new_zeros(len(self))
         if dead is not None:
             aux = torch.stack([self._revival(s, x, -residual, weights, for_dead[s], dead[s]) for s in range(len(self))])
@@ -171,21 +173,21 @@ class Stack(nn.Module):
         return PreActivations(centred, self.encoder, self.b_enc, dtype)
 
     def _errors(
-        self, x: Inputs, y: Targets, f: Entries, kept: Kept, weights: Float[Tensor, "S n"]
+        self,
+        x: Inputs,
+        empty: Float[Tensor, "S n d_out"],
+        f: Entries,
+        kept: Kept,
+        weights: Float[Tensor, "S n"],
     ) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"], Float[Tensor, "S n d_out"]]:
         """The weighted squared error, as a mean over the rule's parts and (without gradient) of the whole, and the residual
-        ŷ − y of the whole."""
-        out = self.b_dec[:, None] if self.W_skip is None else self.b_dec[:, None] + x @ self.W_skip
-        errors, residual = [], y
+        ŷ − y of the whole, given `empty`, that of b_dec alone."""
+        residual = empty if self.W_skip is None else empty + x @ self.W_skip
+        errors = []
         for values, part in self.rule.parts(f, kept):
-            out = out + self.decoder.decode(values, part)
-            residual = out - y
+            residual = residual + self.decoder.decode(values, part)
             errors.append(_weighted_squares(residual, weights))
         return torch.stack(errors).mean(0), errors[-1].detach(), residual.detach()
-
-    def _frozen_error(self, y: Targets, f: Entries, kept: Kept, weights: Float[Tensor, "S n"]) -> Float[Tensor, " S"]:
-        residual = self.decoder.decode(f, kept, frozen=True) + self.b_dec.detach()[:, None] - y
-        return _weighted_squares(residual, weights)
 
     def _revival(
         self,
@@ -215,11 +217,11 @@ class Stack(nn.Module):
         return self.config.aux_coefficient * latents.aux(pre, self.config.aux_k or max(1, self.d_out // 2))
 
     @torch.no_grad()
-    def _row_weights(self, y: Targets, spreads: Float[Tensor, " S"]) -> Float[Tensor, "S n"]:
+    def _row_weights(self, empty: Float[Tensor, "S n d_out"], spreads: Float[Tensor, " S"]) -> Float[Tensor, "S n"]:
         cap = self.config.outlier_cap
         if cap is None:
-            return y.new_ones(len(self), y.shape[1])
-        squared = (y - self.b_dec[:, None]).norm(dim=2).square()
+            return empty.new_ones(empty.shape[:2])
+        squared = empty.norm(dim=2).square()
         weights: Tensor = (cap**2 * spreads[:, None] / squared).clamp_max(1.0)
         return weights
 
@@ -327,7 +329,7 @@ class Stack(nn.Module):
         kept = self.rule.keep(self.pre_activations(x, torch.float32), step)
         b_dec = self.b_dec if self.config.centered else None
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
-        return self._errors(x, y, self.rule.values(kept_pre, kept, step), kept, weights)[2]
+        return self._errors(x, self.b_dec[:, None] - y, self.rule.values(kept_pre, kept, step), kept, weights)[2]
 
 
 def _weighted_squares(residual: Float[Tensor, "S n d_out"], weights: Float[Tensor, "S n"]) -> Float[Tensor, " S"]:

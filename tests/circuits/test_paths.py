@@ -209,11 +209,11 @@ def test_paths_that_are_none() -> None:
         )
     # Row 1 differs from its second token on, the others from the third.
     for positions in ({"sender_positions": [0, 1]}, {"sender_positions": 1, "receiver_positions": 1}):
-        with pytest.raises(InputError, match=r"same up to all positions.*senders at positions.*\(prompt 0\)"):
+        with pytest.raises(InputError, match=r"do not yet differ at any position.*senders at positions.*\(prompt 0\)"):
             path_patching(model, clean, corrupt, "L0.H0", "L1.H0.q", metric=metric, **positions)
     one_the_same = torch.cat([corrupt[:2], clean[2:]])
     for patching in patchings:
-        with pytest.raises(InputError, match=r"the same up to all positions.*prompt 2.*leave out prompts"):
+        with pytest.raises(InputError, match=r"do not yet differ at any position.*prompt 2.*leave out prompts"):
             partial(patching.func, model, clean, one_the_same, *patching.args[3:], **patching.keywords)()
     last = path_patching(model, clean, corrupt, "L0.H0", "logits", metric=metric, receiver_positions=-1)
     assert torch.equal(last.values, path_patching(model, clean, corrupt, "L0.H0", "logits", metric=metric).values)

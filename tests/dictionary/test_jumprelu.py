@@ -39,7 +39,7 @@ def trained(config: JumpReLUConfig, folder: Path, *, steps: int, lr: float = 3e-
 @pytest.mark.parametrize(
     ("config", "start"),
     [
-        (JumpReLUConfig(d_sae=F, coefficient=0.25), 1.0),
+        (JumpReLUConfig(d_sae=F, coefficient=0.25), 2.0),
         (JumpReLUConfig(d_sae=F, coefficient=4.0, sparsity="tanh"), 4.0),
         (JumpReLUConfig(d_sae=F, coefficient=4.0, sparsity="quadratic", target_l0=3.0), 1.0),
         (JumpReLUConfig(d_sae=F, coefficient=4.0, start_threshold=0.0), 0.0),

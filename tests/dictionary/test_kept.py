@@ -46,6 +46,7 @@ SELECTED: dict[str, Tensor] = {
     "normal": normal(50, 1024),
     "many equal": normal(50, 1024).mul(2).round(),
     "mostly negative": normal(50, 1024) - 2.5,
+    "all negative": -normal(50, 1024).abs() - 1,
     "one row has all": torch.cat([normal(1, 1024) + 10, normal(49, 1024)]),
     "no groups": normal(50, 1001),
 }

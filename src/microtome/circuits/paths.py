@@ -150,7 +150,7 @@ class _Work:
         self.written: Columns = written & differing(self.prompts) & self.read
         _check_common(
             self.written,
-            "The clean and the corrupt prompt are the same up to all positions at which something is sent and received, so no "
+            "The clean and the corrupt prompt do not yet differ at any position at which something is sent and received, so no "
             "path carries a difference",
             f"senders at {at[0]}, receivers at {at[1]}",
             "Give positions from the first token on that differs, or leave out prompts that are the same",

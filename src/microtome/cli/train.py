@@ -54,7 +54,7 @@ class Options(TextOptions):
     dead_after: int | None = None
     """Tokens without a firing after which a latent counts as dead (default: a tenth of the training's, at most a million)."""
     set: tuple[str, ...] = ()
-    """Any other setting of the architecture, as NAME=VALUE: norms=free bandwidth=0.05. An unknown name lists them."""
+    """Any other setting of the architecture, as NAME=VALUE: norms=free threshold_rate=3. An unknown name lists them."""
     sweep: tuple[str, ...] = ()
     """Train all combinations of these, as NAME=VALUES: k=16,32,64 seed=0,1,2."""
     configs: Path | None = None

@@ -214,9 +214,9 @@ class JumpReLUConfig(PenaltyConfig):
 
     Thresholds and `bandwidth` are in units of z, for inputs of mean norm √d; there z is about 1 before training. A latent
     that fires at z takes about z² from the squared error and costs λ, so thresholds end near √λ. They begin at
-    `start_threshold` (None: 2 √λ, for "quadratic" 1, times the encoder row's norm), from where latents are few and learn
-    apart. Adam moves a threshold
-    by at most `threshold_rate` times the learning rate a step; at 1 a short run leaves them, and so L0, where they began.
+    `start_threshold`, or if it is None at 2 √λ (at least 2; for "quadratic" at 1) times the encoder row's norm, from where
+    latents are few and learn apart. Adam moves a threshold by at most `threshold_rate` times the learning rate a step; at 1
+    a short run leaves them, and so L0, where they began.
 
     The published c is 4, for codes that begin far below 1. Where f is above θ ≈ 1 it makes tanh flat, and what is left of
     its gradient, at codes just below θ, only raises thresholds; with 1 both sparsities need about the same λ.
@@ -249,10 +249,10 @@ class JumpReLUConfig(PenaltyConfig):
 
     @property
     def first_threshold(self) -> float:
-        """The threshold with which latents begin."""
+        """The threshold with which latents begin, for encoder rows of norm one."""
         if self.start_threshold is not None:
             return self.start_threshold
-        return 1.0 if self.sparsity == "quadratic" else 2 * self.coefficient**0.5
+        return 1.0 if self.sparsity == "quadratic" else 2 * max(1.0, self.coefficient**0.5)
 
 
 @dataclass(frozen=True, kw_only=True)

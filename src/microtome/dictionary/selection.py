@@ -124,6 +124,6 @@ def _batch_by_groups(keys: Int[Tensor, "n d_sae"], k: int) -> Int[Tensor, " m"]:
 def _edge(keys: Int[Tensor, " m"], k: int) -> Int[Tensor, ""]:
     """The k-th largest key, at least that of the smallest positive number."""
     if keys.dtype == torch.int32:
-        return kth_largest(keys, k).clamp_min(1)
+        return kth_largest(keys, k).clamp_min(1) if len(keys) else keys.new_ones(())
     counts = torch.bincount(keys.clamp_min(0).int(), minlength=1 << 15).flip(0).cumsum(0)
     return ((1 << 15) - 1 - torch.searchsorted(counts, k)).clamp_min(1).to(keys.dtype)

@@ -141,7 +141,7 @@ class Stack(nn.Module):
         spreads = torch.as_tensor(variance, dtype=torch.float32, device=y.device).expand(len(self))
         b_dec = self.b_dec if self.config.centered else None
         pre = self.pre_activations(x, select_dtype)
-        empty = self.b_dec[:, None] - y  # the residual of nothing but b_dec
+        empty = self.b_dec[:, None] - y
         weights = self._row_weights(empty, spreads)
         step = Step(fraction, weights, self.norms(), self.b_enc, lambda: self._column_sums(x))
         dead = dead if self.config.revival in ("aux", "ghost") else None
@@ -150,12 +150,13 @@ class Stack(nn.Module):
         del pre  # without dead latents the gradients may have its memory
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
         f = self.rule.values(kept_pre, kept, step)
-        squared, whole, residual = self._errors(x, empty, f, kept, weights)
+        base = self._base(x, empty)
+        squared, whole, residual = self._errors(base, f, kept, weights)
         unit = 1.0 / (y.shape[1] * spreads.mean())
         frozen = self.rule.frozen_codes(kept_pre, kept, step)
         loss = (squared + self.rule.penalty(kept_pre, f if frozen is None else frozen, kept, step)) * unit
         if frozen is not None:
-            frozen_residual = self.decoder.decode(frozen, kept, frozen=True) + empty.detach()
+            frozen_residual = self.decoder.decode(frozen, kept, frozen=True) + base.detach()
             loss = loss + _weighted_squares(frozen_residual, weights) * unit
         aux = loss.new_zeros(len(self))
         if dead is not None:
@@ -172,18 +173,16 @@ class Stack(nn.Module):
         centred = x - self.b_dec[:, None] if self.config.centered else x.expand(len(self), -1, -1)
         return PreActivations(centred, self.encoder, self.b_enc, dtype)
 
+    def _base(self, x: Inputs, empty: Float[Tensor, "S n d_out"]) -> Float[Tensor, "S n d_out"]:
+        """The residual before any latent writes, given b_dec − y."""
+        return empty if self.W_skip is None else empty + x @ self.W_skip
+
     def _errors(
-        self,
-        x: Inputs,
-        empty: Float[Tensor, "S n d_out"],
-        f: Entries,
-        kept: Kept,
-        weights: Float[Tensor, "S n"],
+        self, base: Float[Tensor, "S n d_out"], f: Entries, kept: Kept, weights: Float[Tensor, "S n"]
     ) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"], Float[Tensor, "S n d_out"]]:
         """The weighted squared error, as a mean over the rule's parts and (without gradient) of the whole, and the residual
-        ŷ − y of the whole, given `empty`, that of b_dec alone."""
-        residual = empty if self.W_skip is None else empty + x @ self.W_skip
-        errors = []
+        ŷ − y of the whole."""
+        residual, errors = base, []
         for values, part in self.rule.parts(f, kept):
             residual = residual + self.decoder.decode(values, part)
             errors.append(_weighted_squares(residual, weights))
@@ -329,7 +328,8 @@ class Stack(nn.Module):
         kept = self.rule.keep(self.pre_activations(x, torch.float32), step)
         b_dec = self.b_dec if self.config.centered else None
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
-        return self._errors(x, self.b_dec[:, None] - y, self.rule.values(kept_pre, kept, step), kept, weights)[2]
+        base = self._base(x, self.b_dec[:, None] - y)
+        return self._errors(base, self.rule.values(kept_pre, kept, step), kept, weights)[2]
 
 
 def _weighted_squares(residual: Float[Tensor, "S n d_out"], weights: Float[Tensor, "S n"]) -> Float[Tensor, " S"]:

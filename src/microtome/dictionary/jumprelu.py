@@ -81,7 +81,9 @@ class JumpReLURule(ReLURule):
     def begin_again(
         self, member: int, latents: Int[Tensor, " c"], sizes: Float[Tensor, " c"], share: float
     ) -> Float[Tensor, " c"]:
-        self.threshold[member, latents] = self.starts[member] * (sizes if self.config.start_threshold is None else share)
+        self.threshold[member, latents] = self.starts[member] * (
+            sizes if self.config.start_threshold is None else share
+        )
         return super().begin_again(member, latents, sizes, share)
 
     @torch.no_grad()

@@ -24,9 +24,9 @@ def resample(
 ) -> None:
     """Give a member's dead latents new weights (Bricken et al. 2023, "Neuron resampling"): for each an input is drawn
     with a chance in proportion to its squared loss; the decoder row becomes that input's direction (seen from b_dec) at
-    the mean length of live rows, the encoder row the same at 0.2 times their mean length, the bias zero (less what the
-    rule begins with), and Adam forgets what it knew of them. `x` and `y` are scaled activations, of all members or each its own; `residual` is the
-    stack's on them, where it is known already."""
+    the mean length of live rows, the encoder row the same at 0.2 times their mean length, the bias zero (or what the rule
+    begins with), and Adam forgets what it knew of them. `x` and `y` are scaled activations, of all members or each its
+    own; `residual` is the stack's on them, where it is known already."""
     which = dead.nonzero().squeeze(1)
     if len(which) == 0:
         return

@@ -9,8 +9,10 @@ import torch
 
 from microtome.activations.array import ArraySource
 from microtome.common.errors import ConfigError
+from microtome.dictionary.activation import TopK
 from microtome.dictionary.architectures import make_rule
-from microtome.dictionary.config import DictionaryConfig, GatedConfig, JumpReLUConfig
+from microtome.dictionary.config import DictionaryConfig, GatedConfig, JumpReLUConfig, ReLUConfig
+from microtome.dictionary.dictionary import Dictionary, Origin
 from microtome.dictionary.resampling import resample
 from microtome.dictionary.stack import DataStatistics, Stack
 from microtome.dictionary.trainer import TrainConfig, Trainer
@@ -109,3 +111,39 @@ def test_settings_that_cannot_be() -> None:
     for wrong in ({"threshold_rate": 0.0}, {"start_threshold": -1.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             replace(JumpReLUConfig(d_sae=F), **wrong)  # type: ignore[arg-type]
+
+
+def test_gates_begin_without_a_change_of_the_magnitudes_where_the_input_is_not_centred() -> None:
+    """The values are W (x − x̄) wherever a gate is open, on rows far from the origin."""
+    config = GatedConfig(d_sae=F, inputs=("a",), outputs=("b",))
+    stack = Stack([config], make_rule([config]), D, D)
+    generator = torch.Generator().manual_seed(0)
+    mean = 5 * torch.randn(1, D, generator=generator)
+    stack.initialise(DataStatistics(mean, torch.zeros(1, D), 1.0), [0])
+    x = mean + torch.randn(512, D, generator=generator)
+    found = stack.export(0, Origin(model_name="toy", inputs=("a",), outputs=("b",))).encode(x).to_dense()
+    along = (x - mean) @ stack.encoder[0].T
+    wanted = along * (along > 2 * stack.encoder[0].norm(dim=1)) * stack.W_dec[0].norm(dim=1)
+    assert 0.01 < float((found > 0).float().mean()) < 0.04
+    torch.testing.assert_close(found, wanted.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norms", ["unit", "free"])
+def test_fine_tuning_of_relu_as_jumprelu_begins_with_the_same_codes(norms: Any) -> None:
+    zero, origin, stacks = torch.zeros(1, D), Origin(model_name="toy", inputs=("a",)), []
+    for seed, config in enumerate((ReLUConfig(d_sae=F, norms=norms), JumpReLUConfig(d_sae=F, norms=norms))):
+        stacks.append(Stack([config], make_rule([config]), D, D))
+        stacks[-1].initialise(DataStatistics(zero, zero, 1.0), [seed])
+    start, x, ones = stacks[0].export(0, origin), rows(64), torch.ones(D)
+    stacks[1].begin_with(0, start, ones, ones)
+    codes = stacks[1].export(0, origin).encode(x).to_dense()
+    assert bool((codes > 0).any())
+    torch.testing.assert_close(codes, start.encode(x).to_dense())
+
+
+def test_fine_tuning_as_jumprelu_needs_thresholds() -> None:
+    config = JumpReLUConfig(d_sae=F)
+    stack = Stack([config], make_rule([config]), D, D)
+    start = Dictionary(D, F, TopK(4), origin=Origin(model_name="toy", inputs=("a",)))
+    with pytest.raises(ConfigError, match=r"without thresholds\. Got: topk\. Expected: jumprelu or relu"):
+        stack.begin_with(0, start, torch.ones(D), torch.ones(D))

@@ -1,5 +1,6 @@
 """Resampled latents of every architecture fire again, and nothing else moves."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,16 +33,22 @@ CONFIGS: dict[str, DictionaryConfig] = {
 }
 
 
-def rows() -> Float[Tensor, "1 n d"]:
+def rows(n: int = N) -> Float[Tensor, "1 n d"]:
     """Rows with a mean norm of √d, as training gives them to a stack."""
-    return torch.randn(1, N, D, generator=torch.Generator().manual_seed(1))
+    return torch.randn(1, n, D, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_resampled_latents_fire_again(name: str) -> None:
-    config, x, dead = CONFIGS[name], rows(), torch.arange(F) % 2 == 0
+def make(config: DictionaryConfig) -> Stack:
     stack = Stack([config], make_rule([config]), D, D)
     stack.initialise(DataStatistics(torch.zeros(1, D), torch.zeros(1, D), float(D)), [0])
+    return stack
+
+
+@pytest.mark.parametrize("norms", ["unit", "free"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_resampled_latents_fire_again(name: str, norms: Any) -> None:
+    config, x, dead = replace(CONFIGS[name], norms=norms), rows(), torch.arange(F) % 2 == 0
+    stack = make(config)
     optimiser = torch.optim.Adam(stack.parameters(), lr=1e-4)
     with torch.no_grad():
         for p in (stack.b_enc, *(q for part, q in stack.rule.named_parameters() if part == "b_mag")):
@@ -66,3 +73,19 @@ def test_resampled_latents_fire_again(name: str) -> None:
         if part in moments:
             assert torch.equal(optimiser.state[p]["exp_avg"][0, held], moments[part][0, held])
             assert part == "b_dec" or not bool(optimiser.state[p]["exp_avg"][0, dead].any())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"norms": "unit"}, {"norms": "free"}, {"norms": "unit", "tied": True}], ids=["unit", "free", "tied"]
+)
+@pytest.mark.parametrize("kind", [GatedConfig, JumpReLUConfig], ids=["gated", "jumprelu"])
+def test_resampled_latents_begin_as_rare_as_others_did(kind: type[DictionaryConfig], settings: dict[str, Any]) -> None:
+    """Two standard deviations of a normal row's product with theirs are needed, however long they are."""
+    stack, x, dead = make(kind(**SIZES, **settings)), rows(8192), torch.arange(F) % 2 == 0
+    optimiser = torch.optim.Adam(stack.parameters(), lr=1e-4)
+    resample(stack, optimiser, 0, dead, x[0], x[0], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stack.b_enc[0, ~dead] = -100.0
+    fresh = torch.randn(1, 8192, D, generator=torch.Generator().manual_seed(2))
+    l0 = float(stack.step(fresh, fresh, variance=float(D)).l0[0])
+    assert l0 / int(dead.sum()) == pytest.approx(0.0228, rel=0.1)

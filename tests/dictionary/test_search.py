@@ -1,5 +1,6 @@
 """The search for λ: a full training with what it found ends at the L0 that was asked for; what cannot be found is said."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from microtome.dictionary.search import (
     Trial,
     bracket,
     interpolate,
+    refine,
     search_coefficient,
     try_coefficients,
 )
@@ -33,7 +35,7 @@ from microtome.dictionary.trainer import TrainConfig, train, train_cross_layer
 SHORT = TrainConfig(n_tokens=256 * 150, batch_size=256, lr=5e-3, warmup_steps=20, device="cpu")
 TRAIN = TrainConfig(n_tokens=256 * 300, batch_size=256, lr=5e-3, warmup_steps=20, device="cpu")
 SIZES: dict[str, Any] = {"d_sae": 64, "dead_after": 10_000}
-JUMP: dict[str, Any] = {"bandwidth": 0.5, "start_threshold": 0.3}
+JUMP: dict[str, Any] = {"bandwidth": 0.5}
 
 
 @cache
@@ -53,7 +55,7 @@ def source() -> ArraySource:
         PAnnealConfig(**SIZES),
         GatedConfig(**SIZES, coefficient=20.0),
         JumpReLUConfig(**SIZES),
-        JumpReLUConfig(**SIZES, **JUMP),
+        JumpReLUConfig(**SIZES, **JUMP, start_threshold=0.3),
         JumpReLUConfig(**SIZES, **JUMP, sparsity="tanh"),
     ],
     ids=["relu-free-from-zero", "p-anneal", "gated", "jumprelu", "jumprelu-low-start", "jumprelu-tanh"],
@@ -121,6 +123,24 @@ def test_interpolation_through_noise_and_through_silence() -> None:
     assert 1.0 < interpolate(silent, 5.0) < 1.1
     level = [Trial(1.0, 7.0), Trial(4.0, 7.0)]
     assert interpolate(level, 7.0) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("center", "gaps"), [(1.0, [2.0, 2.0, 2.0**0.5]), (9.0, [2.0, 2.0**0.5])], ids=["outside", "inside"]
+)
+def test_coefficients_come_nearer_to_each_other_only_once_they_enclose_the_target(
+    center: float, gaps: list[float]
+) -> None:
+    """L0 falls as 8000 / λ³, and is 8 at λ 10: from 1 on, the first round stays outside."""
+    asked: list[list[float]] = []
+
+    def tried(wanted: Sequence[float]) -> list[Trial]:
+        asked.append(list(wanted))
+        return [Trial(each, 8000 / each**3) for each in wanted]
+
+    trials = refine(center, 8.0, SearchConfig(rounds=3), tried)
+    assert [each[1] / each[0] for each in asked] == pytest.approx(gaps)
+    assert interpolate(trials, 8.0) == pytest.approx(10.0)
 
 
 def test_a_target_out_of_reach_names_what_was_found() -> None:

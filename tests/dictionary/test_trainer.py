@@ -15,6 +15,7 @@ from microtome.activations import ActivationSource, HarvestConfig, ModelSource, 
 from microtome.common.config import JsonObject
 from microtome.common.errors import ArtifactError, ConfigError, InputError
 from microtome.dictionary import TopKConfig, TrainConfig, load_dictionary, train
+from microtome.dictionary.config import DictionaryConfig, JumpReLUConfig
 from microtome.dictionary.statistics import geometric_median
 from microtome.dictionary.trainer import Trainer
 from microtome.model import HookedModel
@@ -82,9 +83,12 @@ def weights(sae: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in sae.named_parameters()}
 
 
-def test_a_stopped_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    [whole] = train(ARCHITECTURE, Synthetic(), out=tmp_path / "whole", config=CONFIG)
-    stopped = Trainer([ARCHITECTURE], Synthetic(), tmp_path / "stopped", CONFIG)
+@pytest.mark.parametrize(
+    "architecture", [ARCHITECTURE, JumpReLUConfig(d_sae=64, dead_after=500)], ids=["topk", "jumprelu-two-rates"]
+)
+def test_a_stopped_training_resumes_to_the_same_weights(architecture: DictionaryConfig, tmp_path: Path) -> None:
+    [whole] = train(architecture, Synthetic(), out=tmp_path / "whole", config=CONFIG)
+    stopped = Trainer([architecture], Synthetic(), tmp_path / "stopped", CONFIG)
     batches = stopped.begin()
     while stopped.step < 27:  # a checkpoint at 16, and eleven steps that will be lost
         for row in stopped.train_step(next(batches)):
@@ -92,10 +96,10 @@ def test_a_stopped_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
         if stopped.step % CONFIG.checkpoint_every == 0:
             stopped.save_checkpoint()
     del stopped
-    resumed = Trainer([ARCHITECTURE], Synthetic(), tmp_path / "stopped", CONFIG)
+    resumed = Trainer([architecture], Synthetic(), tmp_path / "stopped", CONFIG)
     resumed.begin()
     assert resumed.step == 16
-    [sae] = train(ARCHITECTURE, Synthetic(), out=tmp_path / "stopped", config=CONFIG)
+    [sae] = train(architecture, Synthetic(), out=tmp_path / "stopped", config=CONFIG)
     assert all(torch.equal(p, weights(whole)[name]) for name, p in weights(sae).items())
     assert sae.fingerprint == whole.fingerprint
     logs = [(tmp_path / name / "training.jsonl").read_text() for name in ("whole", "stopped")]

@@ -39,14 +39,20 @@ class GatedRule(ReLURule):
 
     @torch.no_grad()
     def begin(self, b_enc: Float[Tensor, "S F"], sizes: Float[Tensor, "S F"]) -> None:
+        self.b_mag.copy_(b_enc)  # the start moves the gate alone
         b_enc.sub_(self.start * sizes)
 
     @torch.no_grad()
-    def begin_again(self, member: int, latents: Int[Tensor, " c"], share: float) -> None:
+    def begin_again(
+        self, member: int, latents: Int[Tensor, " c"], sizes: Float[Tensor, " c"], share: float
+    ) -> Float[Tensor, " c"]:
         self.r_mag[member, latents] = 0.0
         self.b_mag[member, latents] = 0.0
+        return -self.start * sizes
 
     @torch.no_grad()
     def begin_with(self, member: int, activation: used.Activation, norms: Float[Tensor, " F"]) -> None:
         if isinstance(activation, used.Gated):
             self.r_mag[member], self.b_mag[member] = activation.r_mag, activation.b_mag
+        else:
+            self.r_mag[member], self.b_mag[member] = 0.0, 0.0

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from microtome.common.errors import ConfigError
 from microtome.dictionary import activation as used
 from microtome.dictionary.config import JumpReLUConfig
 from microtome.dictionary.kept import Entries, Kept, fires, where_positive
@@ -77,13 +78,28 @@ class JumpReLURule(ReLURule):
             self.threshold.copy_(self.starts[:, None] * sizes)
 
     @torch.no_grad()
-    def begin_again(self, member: int, latents: Int[Tensor, " c"], share: float) -> None:
-        self.threshold[member, latents] = self.starts[member] * share
+    def begin_again(
+        self, member: int, latents: Int[Tensor, " c"], sizes: Float[Tensor, " c"], share: float
+    ) -> Float[Tensor, " c"]:
+        self.threshold[member, latents] = self.starts[member] * (
+            sizes if self.config.start_threshold is None else share
+        )
+        return super().begin_again(member, latents, sizes, share)
 
     @torch.no_grad()
     def begin_with(self, member: int, activation: used.Activation, norms: Float[Tensor, " F"]) -> None:
+        """Raises ConfigError for an activation that no thresholds can stand for."""
         if isinstance(activation, used.JumpReLU):
             self.threshold[member] = activation.threshold
+        elif isinstance(activation, used.ReLU):
+            self.threshold[member] = 0.0
+        else:
+            raise ConfigError(
+                "The dictionary to fine-tune as JumpReLU has an activation without thresholds",
+                got=activation.name,
+                expected=f"{used.JumpReLU.name} or {used.ReLU.name}",
+                fix="Name another dictionary, or its own architecture",
+            )
 
 
 class JumpReLU(torch.autograd.Function):

@@ -24,9 +24,9 @@ def resample(
 ) -> None:
     """Give a member's dead latents new weights (Bricken et al. 2023, "Neuron resampling"): for each an input is drawn
     with a chance in proportion to its squared loss; the decoder row becomes that input's direction (seen from b_dec) at
-    the mean length of live rows, the encoder row the same at 0.2 times their mean length, the bias zero, and Adam
-    forgets what it knew of them. `x` and `y` are scaled activations, of all members or each its own; `residual` is the
-    stack's on them, where it is known already."""
+    the mean length of live rows, the encoder row the same at 0.2 times their mean length, the bias zero (or what the rule
+    begins with), and Adam forgets what it knew of them. `x` and `y` are scaled activations, of all members or each its
+    own; `residual` is the stack's on them, where it is known already."""
     which = dead.nonzero().squeeze(1)
     if len(which) == 0:
         return
@@ -48,8 +48,9 @@ def resample(
     if not stack.config.tied:
         x_center = stack.b_dec[member] if stack.config.centered else mine.mean(0)
         stack.encoder[member, which] = functional.normalize(mine[drawn] - x_center, dim=1) * (_SHARE * alive_encoder)
-    stack.b_enc[member, which] = 0.0
-    stack.rule.begin_again(member, which, _SHARE)
+    share = 1.0 if stack.config.tied else _SHARE
+    sizes = stack.encoder[member, which].norm(dim=1)
+    stack.b_enc[member, which] = stack.rule.begin_again(member, which, sizes, share)
     _forget(stack, optimiser, member, which)
 
 

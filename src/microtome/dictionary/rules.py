@@ -96,9 +96,12 @@ class Rule(nn.Module, ABC, Generic[C]):
         """Put the rule's parameters, and if need be the encoder's biases, to where they begin, given the norms of the
         encoder's rows: what pre-activations are about the size of."""
 
-    def begin_again(self, member: int, latents: Int[Tensor, " c"], share: float) -> None:
-        """Put what the rule has for these latents back to its start: they get new encoder rows, `share` times as long as
-        those of others."""
+    def begin_again(
+        self, member: int, latents: Int[Tensor, " c"], sizes: Float[Tensor, " c"], share: float
+    ) -> Float[Tensor, " c"]:
+        """Put what the rule has for these latents back to its start, and say with which encoder biases they begin: they
+        have new encoder rows of the norms `sizes`, `share` times as long as those of others."""
+        return torch.zeros_like(sizes)
 
     def begin_with(self, member: int, activation: Activation, norms: Float[Tensor, " F"]) -> None:
         """Take over what a dictionary's activation holds, for a training that begins with it."""

@@ -86,17 +86,30 @@ def search_coefficient(
 
     short = _tokens(config, search.share / 2)
     center = _rough(penalised, target_l0, search, lambda wanted: tried(wanted, short))
-    trials: list[Trial] = []
-    for nearer in range(search.rounds):
-        factor = search.closer_factor ** (0.5**nearer)
-        wanted = [center * factor ** (i - (search.closer - 1) / 2) for i in range(search.closer)]
-        trials = _sorted([*trials, *_closer(wanted, short, config.n_tokens, tried)])
-        center = interpolate(trials, target_l0)
-        if _is_narrow(bracket(trials, target_l0)):
-            break
+    trials = refine(center, target_l0, search, lambda wanted: _closer(wanted, short, config.n_tokens, tried))
+    center = interpolate(trials, target_l0)
     if bracket(trials, target_l0) is None:
         _warn(trials, target_l0, center)
     return replace(penalised, coefficient=center)
+
+
+def refine(
+    center: float, target_l0: float, search: SearchConfig, tried: Callable[[Sequence[float]], list[Trial]]
+) -> list[Trial]:
+    """Trials around the coefficient, and around what they say, until they enclose the target narrowly. They come nearer
+    to each other only once they enclose it."""
+    trials: list[Trial] = []
+    factor = search.closer_factor
+    for _ in range(search.rounds):
+        wanted = [center * factor ** (i - (search.closer - 1) / 2) for i in range(search.closer)]
+        trials = _sorted([*trials, *tried(wanted)])
+        ends = bracket(trials, target_l0)
+        if _is_narrow(ends):
+            break
+        if ends is not None:
+            factor **= 0.5
+        center = interpolate(trials, target_l0)
+    return trials
 
 
 def _is_narrow(ends: tuple[Trial, Trial] | None) -> bool:
@@ -246,7 +259,7 @@ def _out_of_reach(trials: Sequence[Trial], target_l0: float) -> InputError:
     else:
         fix = (
             "Choose a larger L0. Where λ no longer moves it, a longer training does (or a larger share of it in the search), "
-            "or a larger learning rate; for JumpReLU also a larger bandwidth or start_threshold"
+            "or a larger learning rate; for JumpReLU also a larger threshold_rate or bandwidth"
         )
     return InputError(
         f"No coefficient gives an L0 of {target_l0:g}",

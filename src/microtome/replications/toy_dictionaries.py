@@ -85,7 +85,8 @@ def _member(config: ToyModelsConfig, kind: str) -> DictionaryConfig:
         common["coefficient"] = 2 * config.jumprelu_coefficient
         # A count of latents gives the encoder no gradient: two latents that share a feature stay so, and the one that could
         # stand alone dies. A tanh that is nearly straight over the codes (0 to 1.15) pulls as L1 does.
-        return JumpReLUConfig(**common, start_threshold=0.1, bandwidth=0.1, sparsity="tanh", tanh_scale=_TANH_SCALE)
+        thresholds: dict[str, Any] = {"start_threshold": 0.1, "threshold_rate": 1.0, "bandwidth": 0.1}
+        return JumpReLUConfig(**common, **thresholds, sparsity="tanh", tanh_scale=_TANH_SCALE)
     return ReLUConfig(**common)
 
 

@@ -133,7 +133,7 @@ def test_the_notes_ask_for_what_was_not_given(tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "plain")
     told = {"hook_name": "blocks.3.mlp.hook_in", "hook_name_out": "blocks.3.hook_mlp_out", "model_name": "tiny"}
     for n in range(len(told) + 1):
-        reading = read_dictionary(tmp_path / "plain", hints=Hints(**dict(list(told.items())[:n])))
+        reading = read_dictionary(tmp_path / "plain", hints=Hints(**dict(list(told.items())[:n])))  # type: ignore[arg-type]
         missing = " and ".join(list(told)[n:])
         notes = [note for note in reading.notes if "not known" in note]
         assert notes == ([f"where it belongs is not known: give {missing}"] if missing else [])
@@ -185,9 +185,9 @@ def test_the_weight_of_the_norm_goes_into_what_reads_after_it(name: str, tmp_pat
     x, weight = rows(layers * D), torch.linspace(0.5, 2, layers * D)
     each = weight.view(layers, D)
     with torch.no_grad():
-        made.encoder *= each[:, None] if layers > 1 else weight
+        made.encoder.mul_(each[:, None] if layers > 1 else weight)
         if made.W_skip is not None:
-            made.W_skip *= each[:, :, None] if layers > 1 else weight[:, None]
+            made.W_skip.mul_(each[:, :, None] if layers > 1 else weight[:, None])
     made.origin = replace(made.origin, inputs=tuple(f"blocks.{i}.ln2.hook_normalized" for i in range(layers)))
     save_dictionary(made, tmp_path)
     again = load_any_dictionary(tmp_path)

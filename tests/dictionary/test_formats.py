@@ -20,10 +20,12 @@ from microtome.dictionary import (
     load_cross_layer_transcoder,
     load_dictionaries,
     load_dictionary,
+    load_dictionary_set,
     save_dictionary,
 )
 from microtome.dictionary.activation import Activation, Gated, GroupMax, GroupTopK, JumpReLU, ReLU, TopK
-from microtome.dictionary.formats import log_sparsity, read_dictionary
+from microtome.dictionary.formats import load, log_sparsity, read_dictionary
+from microtome.dictionary.formats.reading import Reading, Weights, build
 from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, REFUSED
 
 ORIGIN = Origin.at("tiny", "blocks.1.hook_resid_pre", context=24, dataset="abc")
@@ -193,6 +195,37 @@ def test_a_folder_of_folders(tmp_path: Path) -> None:
     assert [made.path.name for made in load_dictionaries(tmp_path)] == ["layer_0", "layer_2", "layer_10"]
     with pytest.raises(ArtifactError, match="There are no dictionaries"):
         load_dictionaries(tmp_path / "notes")
+    with pytest.raises(ArtifactError, match="no dictionary at.*Open them together with load_dictionary_set"):
+        load_dictionary(tmp_path)
+    with pytest.raises(ArtifactError) as raised:
+        load_dictionary(tmp_path / "notes")
+    assert raised.value.fix is None
+
+
+def test_a_set_reads_each_of_its_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counted(name: str | Path, *rest: object) -> Reading:
+        read.append(Path(name).name)
+        return read_dictionary(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(load, "read_dictionary", counted)
+    for i in (2, 10, 0):
+        (tmp_path / f"{i}").mkdir()
+        save_dictionary(
+            shaken(made_of("topk", origin=Origin.at("tiny", f"blocks.{i}.hook_mlp_out")), i), tmp_path / f"{i}"
+        )
+    made = load_dictionary_set(tmp_path, dtype="bf16")
+    assert read == ["0", "2", "10"]
+    assert {each.W_dec.dtype for each in made.dictionaries} == {torch.bfloat16}
+
+
+def test_weights_of_two_sizes_at_one_point() -> None:
+    """A transcoder of which the caller named what it reads alone."""
+    weights = Weights(W_enc=torch.ones(8, 20), W_dec=torch.ones(20, 6))
+    with pytest.raises(ArtifactError, match="8 inputs, 6 outputs.*Of a transcoder give hook_name_out as well"):
+        build(Path("there"), ORIGIN, ReLU(), weights, center=False)
+    assert build(Path("there"), ACROSS, ReLU(), weights, center=False).d_out == 6
 
 
 def test_hints_say_where_it_belongs(tmp_path: Path) -> None:

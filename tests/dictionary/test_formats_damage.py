@@ -224,6 +224,16 @@ def test_dictionary_learning_configs(values: dict[str, object], message: str, tm
         load_dictionary(folder)
 
 
+def test_the_config_of_another_run_is_not_taken(tmp_path: Path) -> None:
+    """A config.json in the folder above is a run's only where the weights are in its `checkpoints`."""
+    folder = copy("dictionary_learning/AutoEncoderTopK", tmp_path)
+    (folder / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(ArtifactError, match="AutoEncoderTopK/config.json does not name a class"):
+        load_dictionary(folder)
+    folder.rename(tmp_path / "checkpoints")
+    assert load_dictionary(tmp_path / "checkpoints").k == 3
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -262,14 +272,25 @@ def test_layers_that_do_not_fit_each_other(tmp_path: Path) -> None:
         ({"activations": []}, "is damaged"),
         ({"origin": {"model_name": "tiny"}}, "inputs"),
         ({"skip": True}, "W_skip None"),
+        ({"skip": "gone"}, "is damaged. Got: skip None. Expected: true or false"),
+        ({"center": "gone"}, "is damaged. Got: center None. Expected: true or false"),
     ],
 )
 def test_microtomes_own_configs(facts: dict[str, object], message: str, tmp_path: Path) -> None:
     save_dictionary(read_dictionary(FIXTURES / "sparsify/layers.4").dictionary, tmp_path)
     cfg = json.loads((tmp_path / "cfg.json").read_text())
-    change_cfg(tmp_path, microtome={**cfg["microtome"], **facts})
+    kept = {key: value for key, value in {**cfg["microtome"], **facts}.items() if value != "gone"}
+    change_cfg(tmp_path, microtome=kept)
     with pytest.raises(ArtifactError, match=message):
         load_dictionary(tmp_path)
+
+
+def test_an_older_cross_layer_transcoder_says_nothing_of_a_skip_path(tmp_path: Path) -> None:
+    made = read_dictionary(FIXTURES / "llamascopium/clt_topk").dictionary
+    save_dictionary(made, tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    change_cfg(tmp_path, microtome={key: value for key, value in cfg["microtome"].items() if key != "skip"})
+    assert read_dictionary(tmp_path).dictionary.fingerprint == made.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -278,6 +299,9 @@ def test_microtomes_own_configs(facts: dict[str, object], message: str, tmp_path
         ({"dataset_average_activation_norm": {"in": 0, "out": 1}}, "a positive norm for in and for out"),
         ({"dataset_average_activation_norm": "gone"}, "a positive norm"),
         ({"jump_relu_threshold": None}, "jump_relu_threshold None"),
+        ({"jump_relu_threshold": True}, "jump_relu_threshold True"),
+        ({"act_fn": "topk", "top_k": True}, "top_k True. Expected: .*a positive integer top_k"),
+        ({"dataset_average_activation_norm": {"in": True, "out": 1}}, "a positive norm"),
         ({"act_fn": "gelu"}, "act_fn 'gelu'"),
         ({"d_sae": 32768}, "32768 latents of size 8"),
     ],

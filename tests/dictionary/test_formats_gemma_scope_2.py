@@ -5,6 +5,7 @@ That codes and outputs are those of SAELens's reader and of circuit-tracer's is 
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from microtome.dictionary import (
     save_dictionary,
 )
 from microtome.dictionary.formats import read_dictionary
+from microtome.dictionary.formats.reading import Hints
 from microtome.dictionary.formats.releases import find_release
 
 TOP = Path(__file__).parent / "fixtures/gemma-scope-2-270m-pt"
@@ -98,6 +100,46 @@ def test_a_point_and_a_path_that_say_nothing(tmp_path: Path) -> None:
     assert load_dictionary(tmp_path / "plain/params.safetensors").model_name == "unknown"
 
 
+@pytest.mark.parametrize("key", ["hf_hook_point_in", "hf_hook_point_out"])
+@pytest.mark.parametrize("said", ["model.vision.7", None], ids=["unknown", "none"])
+@pytest.mark.parametrize("name", [ACROSS, CLT])
+def test_what_reads_one_point_and_writes_another_is_never_an_autoencoder(
+    name: str, said: str | None, key: str, tmp_path: Path
+) -> None:
+    """Whichever of its points is not known, or not named at all."""
+    folder = copy(name, tmp_path)
+    change(folder, **{key: said})
+    reading = read_dictionary(folder)
+    origin = reading.dictionary.origin
+    assert (set(origin.inputs), set(origin.outputs)) == ({"unknown"}, {"unknown output"})
+    assert len(origin.inputs) == len(origin.outputs) == (L if name == CLT else 1)
+    wanted = "set `.origin`" if name == CLT else "give hook_name and hook_name_out"
+    assert reading.notes[-1] == f"where it belongs is not known: {wanted}"
+
+
+def test_an_autoencoder_whose_output_is_another_point(tmp_path: Path) -> None:
+    folder = copy(RESID, tmp_path)
+    change(folder, hf_hook_point_out="model.vision.7")
+    assert load_dictionary(folder).origin.inputs == ("unknown",)
+    config = json.loads((folder / "config.json").read_text())
+    del config["hf_hook_point_out"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_dictionary(folder).origin.outputs == ("blocks.3.hook_resid_post",)
+
+
+def test_the_notes_ask_for_what_was_not_given(tmp_path: Path) -> None:
+    folder = copy(ACROSS, tmp_path)
+    change(folder, hf_hook_point_in="model.vision.7", model_name=3)
+    shutil.copytree(folder, tmp_path / "plain")
+    told = {"hook_name": "blocks.3.mlp.hook_in", "hook_name_out": "blocks.3.hook_mlp_out", "model_name": "tiny"}
+    for n in range(len(told) + 1):
+        reading = read_dictionary(tmp_path / "plain", hints=Hints(**dict(list(told.items())[:n])))  # type: ignore[arg-type]
+        missing = " and ".join(list(told)[n:])
+        notes = [note for note in reading.notes if "not known" in note]
+        assert notes == ([f"where it belongs is not known: give {missing}"] if missing else [])
+    assert (reading.dictionary.origin.inputs, reading.dictionary.origin.outputs) == ORIGINS[ACROSS]
+
+
 # ---- several layers at once ---------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +174,28 @@ def test_several_layers(name: str, causal: bool, tmp_path: Path) -> None:
     assert (made.W_skip is not None) == name.endswith("affine")
     assert any("nearly all of it zeros" in note for note in read_dictionary(folder).notes) == (not causal)
     assert load_any_dictionary(folder / "params_layer_0.safetensors").fingerprint == made.fingerprint
+
+
+@pytest.mark.parametrize("name", [ACROSS, AFFINE, CLT, f"{CLT}_affine"])
+def test_the_weight_of_the_norm_goes_into_what_reads_after_it(name: str, tmp_path: Path) -> None:
+    """The recipe of docs/dictionary_formats.md: codes and outputs on what the norm gives before its weight."""
+    given = load_any_dictionary(TOP / name)
+    made = load_any_dictionary(TOP / name)
+    layers = L if isinstance(made, CrossLayerTranscoder) else 1
+    x, weight = rows(layers * D), torch.linspace(0.5, 2, layers * D)
+    each = weight.view(layers, D)
+    with torch.no_grad():
+        made.encoder.mul_(each[:, None] if layers > 1 else weight)
+        if made.W_skip is not None:
+            made.W_skip.mul_(each[:, :, None] if layers > 1 else weight[:, None])
+    made.origin = replace(made.origin, inputs=tuple(f"blocks.{i}.ln2.hook_normalized" for i in range(layers)))
+    save_dictionary(made, tmp_path)
+    again = load_any_dictionary(tmp_path)
+    assert again.origin.inputs[0] == "blocks.0.ln2.hook_normalized"
+    wanted = given.encode(x * weight).to_dense()
+    torch.testing.assert_close(again.encode(x).to_dense(), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again(x), given(x * weight), atol=1e-4, rtol=1e-5)
+    assert not torch.allclose(wanted, given.encode(x).to_dense(), atol=1e-2)
 
 
 @pytest.mark.parametrize("name", list(ORIGINS))
@@ -195,7 +259,7 @@ def test_a_release_without_an_id() -> None:
         (ACROSS, {"affine_connection": True}, "no tensor affine_skip_connection. Expected: affine_connection True"),
         (f"{CLT}_affine", {"affine_connection": False}, "a tensor affine_skip_connection"),
         (CLT, {"width": 16}, "48 latents. Expected: width 16"),
-        (CROSS, {"hf_hook_point_in": "model.layers.{5,9}.output"}, "give hook_name|3 layers. Expected: 2 layers"),
+        (CROSS, {"hf_hook_point_in": "model.layers.{5,9}.output"}, "3 layers. Expected: 2 layers"),
     ],
 )
 def test_configs_that_do_not_fit(name: str, values: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -217,5 +281,9 @@ def test_layers_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"w_dec \(16, 3, 8\). Expected: w_dec \(16, 2, 8\)"):
         load_cross_layer_transcoder(folder)
     save_file(tensors_of(TOP / RESID), folder / "params.safetensors")
-    with pytest.raises(ArtifactError, match="does not fit its config"):
+    with pytest.raises(ArtifactError, match="does not fit its config.json. Got"):
         load_cross_layer_transcoder(folder)
+    shutil.copytree(TOP / RESID, tmp_path / "clt/layer_3")
+    (tmp_path / "clt/layer_3/config.json").unlink()
+    with pytest.raises(ArtifactError, match="does not fit its path.*params.safetensors of the type 'clt'"):
+        load_cross_layer_transcoder(tmp_path / "clt/layer_3")

@@ -141,6 +141,9 @@ def changed(tmp_path: Path, **values: object) -> Path:
         ({"activation_state_dict": {"k": K}}, "activation 'TopK'"),
         ({"activation_state_dict": {}}, "activation 'TopK'"),
         ({"activation_state_dict": {"k": F + 1, "postact_fn": "ReLU"}}, f"k {F + 1}, d_sae {F}"),
+        ({"activation_state_dict": {"k": True, "postact_fn": "ReLU"}}, "'k': True.*a positive integer k"),
+        ({"activation_state_dict": ["k", K]}, r"activation 'TopK' with \['k', 4\]"),
+        ({"activation_state_dict": 3}, "activation 'TopK' with 3"),
         ({"activation": "Identity"}, "activation 'Identity'"),
         ({"activation": "Softplus"}, "activation 'Softplus'"),  # theirs takes it for a ReLU
         ({"decoder.weight": "gone"}, "decoder.weight None"),
@@ -151,3 +154,15 @@ def changed(tmp_path: Path, **values: object) -> Path:
 def test_what_cannot_be_read(values: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=message):
         load_dictionary(changed(tmp_path, **values))
+
+
+def test_figures_beside_a_dictionary_are_no_config(tmp_path: Path) -> None:
+    """`microtome evaluate` leaves metrics.json in a folder, and 8.pt-metrics.json beside a file."""
+    file = changed(tmp_path)
+    made = load_dictionary(file).fingerprint
+    for name in ("metrics.json", "8.pt-metrics.json"):
+        (tmp_path / name).write_text("{}")
+        assert load_dictionary(tmp_path).fingerprint == made
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="no dictionary"):
+        load_dictionary(tmp_path)

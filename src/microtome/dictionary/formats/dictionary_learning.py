@@ -18,7 +18,7 @@ from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model, of_submodule
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
 from microtome.dictionary.formats.tensors import TensorFile, only_tensors, read_pickle
-from microtome.dictionary.formats.values import damaged, is_whole, table
+from microtome.dictionary.formats.values import damaged, is_number, is_whole, table
 
 WEIGHTS, CONFIG, NAME = "ae.pt", "config.json", "dictionary_learning"
 # The name of the decoder's bias in each class, and whether it is taken from the input.
@@ -42,7 +42,9 @@ def read(path: Path, hints: Hints) -> Reading:
     """A dictionary of any of the library's classes; of a run that was interrupted, its state."""
     weights = path if path.is_file() else path / WEIGHTS
     values = read_pickle(weights)
-    folder = next((each for each in weights.parents[:2] if (each / CONFIG).is_file()), weights.parent)
+    folder = weights.parent
+    if folder.name == "checkpoints" and not (folder / CONFIG).is_file():
+        folder = folder.parent
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     factor, notes = 1.0, []
     if isinstance(values.get("ae"), dict):
@@ -107,7 +109,7 @@ def _factor(file: Path, values: dict[str, Any]) -> float:
     factor = values.get("norm_factor", 1.0)
     if factor is None:
         return 1.0
-    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+    if not is_number(factor) or not 0 < factor < float("inf"):
         raise damaged(file, "norm_factor", factor, "a positive number")
     return float(factor)
 

@@ -76,7 +76,8 @@ def read(folder: Path, hints: Hints) -> Reading:
     several = (folder / LAYER.format(0)).is_file()
     if several != (kind in ("crosscoder", "clt")) or several == (folder / WEIGHTS).is_file():
         found = ", ".join(sorted(file.name for file in folder.glob("params*.safetensors")))
-        raise ArtifactError(f"{folder} does not fit its {CONFIG}", got=f"{found} of the type {kind!r}")
+        what = CONFIG if (folder / CONFIG).is_file() else "path, by which it is read without a config.json"
+        raise ArtifactError(f"{folder} does not fit its {what}", got=f"{found} of the type {kind!r}")
     made = (_several if several else _single)(folder, config, hints, notes)
     return Reading(dictionary=made, format=NAME, notes=tuple(notes))
 
@@ -96,7 +97,7 @@ def _single(folder: Path, config: dict[str, Any], hints: Hints, notes: list[str]
     _check_width(file, config, d_sae)
     made = build(
         folder,
-        hints.applied(_origin(folder, config, None, notes)),
+        hints.applied(_origin(folder, config, None, hints, notes)),
         JumpReLU(file.take("threshold", d_sae)),
         Weights(
             W_enc=file.take("w_enc", d_in, d_sae),
@@ -118,7 +119,7 @@ def _several(folder: Path, config: dict[str, Any], hints: Hints, notes: list[str
     ]
     d_model, width = files[0].shape("w_enc", 2)
     _check_width(files[0], config, layers * width)
-    origin = _origin(folder, config, layers, notes)
+    origin = _origin(folder, config, layers, hints, notes)
     if len(origin.inputs) != layers:
         raise files[0].misfit(f"weights of {layers} layers", f"{len(origin.inputs)} layers")
     W_dec = [file.take("w_dec", width, layers, d_model) for file in files]
@@ -171,18 +172,33 @@ def _check_width(file: TensorFile, config: dict[str, Any], latents: int) -> None
 # ---- where it belongs -------------------------------------------------------------------------------------------------------
 
 
-def _origin(folder: Path, config: dict[str, Any], layers: int | None, notes: list[str]) -> Origin:
+def _origin(folder: Path, config: dict[str, Any], layers: int | None, hints: Hints, notes: list[str]) -> Origin:
+    said, across = config.get("hf_hook_point_out"), config.get("type") in ("transcoder", "clt")
+    model = _model(folder, config)
     reads = _points(config.get("hf_hook_point_in"), layers)
-    writes = _points(config.get("hf_hook_point_out"), layers) or reads
+    writes = _points(said, layers) if said is not None or across else reads
     if reads and reads[0].endswith("mlp.hook_in"):
         notes.append(
             "reads what the norm before the MLP gives after its weight, which is no hook point of Microtome; its nearest is "
             "ln2.hook_normalized, before the weight"
         )
     if not reads or len(reads) != len(writes):
-        notes.append("its points are not known: give hook_name and model_name")
-        reads = writes = (UNKNOWN,) * (layers or 1)
-    return Origin(model_name=_model(folder, config), inputs=reads, outputs=writes, context=1024)
+        reads = (UNKNOWN,) * (layers or 1)
+        writes = tuple(f"{UNKNOWN} output" for _ in reads) if across else reads
+        notes.extend(_unknown(model, layers, across, hints))
+    return Origin(model_name=model, inputs=reads, outputs=writes, context=1024)
+
+
+def _unknown(model: str, layers: int | None, across: bool, hints: Hints) -> tuple[str, ...]:
+    """A note about what neither the files nor the hints say; hints name the points of one layer alone."""
+    known = {
+        "hook_name": hints.hook_name is not None,
+        "hook_name_out": hints.hook_name_out is not None or not across,
+        "model_name": hints.model_name is not None or model != UNKNOWN,
+    }
+    missing = [name for name, said in known.items() if not said]
+    what = "set `.origin`" if layers else f"give {' and '.join(missing)}"
+    return (f"where it belongs is not known: {what}",) if missing else ()
 
 
 def _points(said: object, layers: int | None) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from microtome.dictionary.activation import Activation, JumpReLU, ReLU, TopK
 from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
+from microtome.dictionary.formats.values import is_number, is_whole
 
 CONFIG, NAME = "hyperparams.json", "llama_scope"
 WEIGHTS = ("checkpoints/final.safetensors", "final.safetensors")
@@ -64,7 +65,7 @@ def _scales(folder: Path, config: dict[str, Any], d_in: int) -> tuple[float, flo
     if config.get("norm_activation", "dataset-wise") == "inference":
         return 1.0, 1.0
     found = [norms.get(side) for side in ("in", "out")] if isinstance(norms, dict) else [None]
-    if not all(isinstance(norm, int | float) and norm > 0 for norm in found):
+    if not all(is_number(norm) and norm > 0 for norm in found):
         raise ArtifactError(
             f"{folder / CONFIG} is damaged",
             got=f"dataset_average_activation_norm {norms!r}",
@@ -75,14 +76,14 @@ def _scales(folder: Path, config: dict[str, Any], d_in: int) -> tuple[float, flo
 
 def _activation(folder: Path, config: dict[str, Any], d_sae: int, scale: float) -> Activation:
     name, threshold = config.get("act_fn", "jumprelu"), config.get("jump_relu_threshold")
-    if name == "jumprelu" and isinstance(threshold, int | float):
+    if name == "jumprelu" and is_number(threshold):
         return JumpReLU(torch.full((d_sae,), float(threshold) * scale))
     if name == "relu":
         return ReLU()
-    if name == "topk" and isinstance(config.get("top_k"), int):
+    if name == "topk" and is_whole(config.get("top_k")):
         return TopK(config["top_k"])
     raise ArtifactError(
         f"The dictionary at {folder} is of a kind that cannot be read",
-        got=f"act_fn {name!r}, jump_relu_threshold {threshold!r}",
-        expected="jumprelu with a threshold, relu or topk",
+        got=f"act_fn {name!r}, jump_relu_threshold {threshold!r}, top_k {config.get('top_k')!r}",
+        expected="jumprelu with a threshold, relu, or topk with a positive integer top_k",
     )

@@ -145,26 +145,23 @@ def load_dictionaries(path: str | Path, *, device: str = "cpu", dtype: str = "fp
 
     Raises ArtifactError when there is none, or one cannot be read.
     """
-    found = _folders(Path(path))
-    if not found:
-        raise ArtifactError(
-            f"There are no dictionaries in {path}", got=_listing(Path(path)), expected="a folder for each"
-        )
-    return [load_dictionary(each, device=device, dtype=dtype) for each in found]
+    return [load_dictionary(each, device=device, dtype=dtype) for each in _members(Path(path))]
 
 
 def load_dictionary_set(path: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionarySet:
     """The dictionaries of a folder of folders as one: transcoders of several layers, say, as `microtome train --per-layer`
     writes them. Raises as `load_dictionaries` does, and ConfigError for dictionaries that make no set."""
-    folder = Path(path)
-    crossed = [each for each in _folders(folder) if isinstance(load_any_dictionary(each), CrossLayerTranscoder)]
-    if crossed:
-        raise ConfigError(
-            f"The dictionaries in {folder} are no set: those of a set have one point each",
-            got=f"a cross-layer transcoder in {crossed[0].name}",
-            fix=f"Name one of them ({crossed[0]}), or compare them (microtome compare)",
-        )
-    made = DictionarySet(load_dictionaries(folder, device=device, dtype=dtype))
+    folder, members = Path(path), []
+    for each in _members(folder):
+        member = load_any_dictionary(each, device=device, dtype=dtype)
+        if isinstance(member, CrossLayerTranscoder):
+            raise ConfigError(
+                f"The dictionaries in {folder} are no set: those of a set have one point each",
+                got=f"a cross-layer transcoder in {each.name}",
+                fix=f"Name one of them ({each}), or compare them (microtome compare)",
+            )
+        members.append(member)
+    made = DictionarySet(members)
     made.path = folder
     return made
 
@@ -184,6 +181,14 @@ def _folders(path: Path) -> list[Path]:
     return [each for each in sorted(folders, key=_natural) if _is_dictionary(each)]
 
 
+def _members(path: Path) -> list[Path]:
+    """Its folders that hold a dictionary. Raises ArtifactError when there is none."""
+    found = _folders(path)
+    if not found:
+        raise ArtifactError(f"There are no dictionaries in {path}", got=_listing(path), expected="a folder for each")
+    return found
+
+
 def _is_dictionary(path: Path) -> bool:
     return any(each.detect(path) for each in FORMATS.values())
 
@@ -196,7 +201,8 @@ def detect_format(path: Path) -> Format:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise ArtifactError(f"There is no dictionary at {path}", got=_listing(path), expected=_looks())
+        fix = "Open them together with load_dictionary_set" if _folders(path) else None
+        raise ArtifactError(f"There is no dictionary at {path}", got=_listing(path), expected=_looks(), fix=fix)
     raise ArtifactError(
         f"{path} could be of several formats",
         got=f"{_listing(path)}: {' or '.join(each.name for each in found)}",

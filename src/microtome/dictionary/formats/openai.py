@@ -18,6 +18,7 @@ from microtome.dictionary.activation import Activation, ReLU, TopK
 from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
 from microtome.dictionary.formats.tensors import TensorFile, only_tensors, read_pickle
+from microtome.dictionary.formats.values import is_whole
 
 NAME = "openai"
 _OTHERS = re.compile(
@@ -31,6 +32,7 @@ _POINTS = {  # of the README of their repository
     "resid_delta_mlp": "hook_mlp_out",
     "resid_post_mlp": "hook_resid_post",
 }
+_FIGURES = "metrics.json"  # what `microtome evaluate` leaves: metrics.json, 8.pt-metrics.json
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 
 
@@ -81,7 +83,8 @@ def _file(path: Path) -> Path | None:
     if path.is_file():
         return path if path.suffix == ".pt" and not _OTHERS.fullmatch(path.name) else None
     files = [file for file in path.glob("*.pt") if not _OTHERS.fullmatch(file.name)]
-    return files[0] if len(files) == 1 and not any(path.glob("*.json")) else None
+    configs = [file for file in path.glob("*.json") if not file.name.endswith(_FIGURES)]
+    return files[0] if len(files) == 1 and not configs else None
 
 
 def _decoder(file: TensorFile, W_enc: Tensor) -> tuple[Tensor, bool]:
@@ -104,13 +107,14 @@ def _origin(file: Path) -> Origin:
 
 
 def _activation(file: Path, values: dict[str, Any]) -> Activation:
-    name, state = values.get("activation", "ReLU"), values.get("activation_state_dict") or {}
+    name, said = values.get("activation", "ReLU"), values.get("activation_state_dict")
+    state = dict(said) if isinstance(said, dict) else {}
     if name == "ReLU":
         return ReLU()
-    if name == "TopK" and state.get("postact_fn") == "ReLU" and isinstance(state.get("k"), int):
+    if name == "TopK" and state.get("postact_fn") == "ReLU" and is_whole(state.get("k")):
         return TopK(state["k"])
     raise ArtifactError(
         f"The dictionary at {file} is of a kind that cannot be read",
-        got=f"activation {name!r} with {dict(state)}",
-        expected="ReLU, or TopK with an integer k and ReLU after it",
+        got=f"activation {name!r} with {state or said}",
+        expected="ReLU, or TopK with a positive integer k and ReLU after it",
     )

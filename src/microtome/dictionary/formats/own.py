@@ -89,7 +89,8 @@ def read(folder: Path, hints: Hints) -> Reading:
         first = kinds[0]
         made: AnyDictionary
         if facts["kind"] == "cross_layer_transcoder":
-            made = _cross_layer(folder, file, origin, kinds, skip=flag(folder / CFG, facts, "skip"))
+            skip = flag(folder / CFG, facts, "skip", missing=False)  # older ones could not have one
+            made = _cross_layer(folder, file, origin, kinds, skip=skip)
         else:
             made = _dictionary(folder, file, origin, first, cfg, facts)
     except (LookupError, TypeError, ConfigError) as error:

@@ -93,6 +93,7 @@ def build(
             f"The weights at {where} do not fit each other",
             got=f"{d_in} inputs, {d_out} outputs",
             expected="an autoencoder's",
+            fix="Of a transcoder give hook_name_out as well",
         )
     if input_norm != "none" and (origin.inputs != origin.outputs or len(origin.inputs) > 1):
         raise ArtifactError(

@@ -10,13 +10,25 @@ from microtome.common.config import from_dict
 from microtome.common.errors import ArtifactError
 from microtome.dictionary.formats.reading import Hints
 
+# By format: parts of each repository that are releases of their own elsewhere. The dictionary `release-res/id` is in the folder
+# `resid_post/id`.
+SETS: Mapping[str, Mapping[str, str]] = {
+    "gemma_scope_2": {
+        "res": "resid_post",
+        "res-all": "resid_post_all",
+        "mlp": "mlp_out",
+        "mlp-all": "mlp_out_all",
+        "att": "attn_out",
+        "att-all": "attn_out_all",
+        "transcoders": "transcoder",
+        "transcoders-all": "transcoder_all",
+    }
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """One release. `ids` maps the names of its dictionaries to folders, where these differ; `example` is one of them.
-
-    `sets` names parts of a repository that are releases of their own elsewhere: with "res": "resid_post", the dictionary
-    `release-res/id` is in the folder `resid_post/id`."""
+    """One release. `ids` maps the names of its dictionaries to folders, where these differ; `example` is one of them."""
 
     repo: str
     format: str
@@ -24,7 +36,6 @@ class Release:
     example: str
     notes: tuple[str, ...] = ()
     ids: Mapping[str, str] = field(default_factory=dict)
-    sets: Mapping[str, str] = field(default_factory=dict)
     centered: bool = False
     norm_scaling_factors: Mapping[str, float] = field(default_factory=dict)
     uncertain: tuple[str, ...] = ()
@@ -81,7 +92,7 @@ def _names() -> Mapping[str, tuple[Release, str]]:
     sets = {
         f"{name}-{part}": (release, place)
         for name, (release, _) in names.items()
-        for part, place in release.sets.items()
+        for part, place in SETS.get(release.format, {}).items()
     }
     return {**sets, **names}
 

@@ -29,9 +29,9 @@ def whole(file: Path, config: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def flag(file: Path, config: Mapping[str, Any], key: str) -> bool:
-    """What is true or false under a key; false where there is none."""
-    value = config.get(key, False)
+def flag(file: Path, config: Mapping[str, Any], key: str, *, missing: bool | None = None) -> bool:
+    """What is true or false under a key. Where there is none it is `missing`; None: then it has to be there."""
+    value = config.get(key, missing)
     if not isinstance(value, bool):
         raise damaged(file, key, value, "true or false")
     return value
@@ -40,6 +40,11 @@ def flag(file: Path, config: Mapping[str, Any], key: str) -> bool:
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether it is a positive integer: true and false, which Python counts as integers, are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def damaged(file: Path, key: str, value: object, expected: str) -> ArtifactError:

@@ -223,7 +223,7 @@ def test_nearest_latents_outside_the_stream_are_of_the_same_member(
     members[1].W_dec.data[:6] = members[0].W_dec.data  # equal numbers at another point mean nothing
     index = build_index(model, DictionarySet(members), dataset, tmp_path / "index", config=CONFIG)
     for latents, member in zip((range(6), range(6, 36)), members, strict=True):
-        unit = torch.nn.functional.normalize(member.W_dec, dim=1)
+        unit = torch.nn.functional.normalize(member.W_dec.detach(), dim=1)
         cosines = (unit @ unit.T).fill_diagonal_(-9)
         for latent in (latents[0], latents[-1]):
             found = index.feature(latent)

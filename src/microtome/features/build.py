@@ -29,7 +29,7 @@ from microtome.dictionary import DictionaryOrSet
 from microtome.dictionary.fit import check_fit
 from microtome.dictionary.formats import CFG
 from microtome.dictionary.surface import latents_by_input
-from microtome.features.config import KIND, IndexConfig, IndexRecord, LayerLatents, histogram_edges
+from microtome.features.config import KIND, IndexConfig, IndexRecord, PointLatents, histogram_edges
 from microtome.features.index import FeatureIndex, open_index
 from microtome.features.summary import FeatureSummary
 from microtome.features.weights import check_widths, weight_facts
@@ -133,7 +133,7 @@ class _Pass:
             context=self.dataset.context,
             bos_id=self.dataset.bos_id,
             layers=tuple(
-                LayerLatents(name=name, layer=HookName.parse(name).layer, n_latents=latents.stop - latents.start)
+                PointLatents(name=name, layer=HookName.parse(name).layer, n_latents=latents.stop - latents.start)
                 for name, latents in latents_by_input(self.sae)
             ),
             neuronpedia=_neuronpedia(self.sae),

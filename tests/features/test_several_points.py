@@ -1,5 +1,6 @@
 """An index of dictionaries that read several points: cross-layer transcoders, crosscoders and sets, against plain runs."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,3 +249,7 @@ def test_a_set_that_was_moved_with_its_index_is_found(
     moved = open_index(tmp_path / "new/index")
     assert dictionary_of(moved.record, moved.path) == tmp_path / "new/set"
     assert moved.top_features("The court held the train", model=model) == expected
+    # An index of its dictionary's name is not taken for it.
+    renamed = moved.path.rename(tmp_path / "new/set2")
+    record = dataclasses.replace(moved.record, dictionary="gone/set2")
+    assert dictionary_of(record, renamed) == Path("gone/set2")

@@ -9,7 +9,7 @@ from microtome.common.errors import InputError, ModelError
 from microtome.dictionary import EncodedTexts, FirstLetters, absorption, first_letters
 from microtome.dictionary.absorption import absorbed_letters, absorbed_words, encode_words, f1, split_latents
 from microtome.dictionary.intervals import Estimate
-from microtome.dictionary.letters import context_of, spelling_accuracy, vocabulary_words
+from microtome.dictionary.letters import by_beginning, context_of, spelling_accuracy, vocabulary_words
 from microtome.model import HookedModel
 
 from .handmade import encoded, perfect_dictionary
@@ -178,6 +178,15 @@ def test_spelling_is_right_where_the_letter_is_the_likeliest(tiny_llama: HookedM
     ids = [int(tiny_llama.to_tokens(f" {c}", prepend_bos=False)[0, 0]) for c in "AB"]
     direct = logits[:, ids].argmax(1) == task.label
     assert sorted(right.tolist()) == sorted(direct.float().tolist())
+
+
+def test_prompts_of_one_token_share_nothing(tiny_llama: HookedModel) -> None:
+    """Without shots, a model that puts no BOS first reads the word alone."""
+    prompts = torch.randint(2, 320, (24, 1), generator=torch.Generator().manual_seed(0))
+    parts = list(by_beginning(tiny_llama, prompts, rows=40))
+    assert torch.equal(torch.cat([part for part, _ in parts]), torch.arange(24))
+    logits = torch.cat([begun.logits(prompts[part]) for part, begun in parts])
+    torch.testing.assert_close(logits, tiny_llama(prompts)[:, -1], atol=1e-5, rtol=1e-4)
 
 
 def test_a_small_vocabulary_is_refused(tiny_llama: HookedModel) -> None:

@@ -261,6 +261,11 @@ def test_activations_that_do_not_fit_the_dictionary(activation: Activation, mess
         Dictionary(4, 8, activation, origin=Origin.at("tiny", "blocks.0.hook_resid_pre"))
 
 
+def test_groups_of_no_rows_have_no_codes() -> None:
+    codes = GroupTopK(4, 2).codes(torch.zeros(0, 8), torch.zeros(8))
+    assert (codes.indices.shape, codes.values.shape, codes.d_sae) == ((0, 4), (0, 4), 8)
+
+
 def test_groups_that_keep_unequally_many() -> None:
     with pytest.raises(ConfigError, match="Each group keeps equally many. Got: k 4, 3 groups"):
         GroupTopK(4, 3)

@@ -177,6 +177,33 @@ def test_autoencoders_at_several_points_read_what_those_before_them_wrote(
         torch.testing.assert_close(got, tiny_llama.run_with_hooks(tokens, hooks))
 
 
+@pytest.mark.parametrize("turned", [1, -1])
+def test_what_one_member_writes_is_what_another_reads_at_that_point(
+    turned: int, tiny_llama: HookedModel, tiny_dataset: TokenDataset
+) -> None:
+    mlp = make_transcoder(0)
+    sae = topk_dictionary(D, 48, 6, origin=Origin.at("tiny-llama", INPUTS[1]))
+    origin = Origin(model_name="tiny-llama", inputs=(OUTPUTS[0],), outputs=(OUTPUTS[1],))
+    onward = topk_dictionary(D, 48, 6, origin=origin, seed=3)
+    made = DictionarySet([mlp, sae, onward][::turned])
+    tokens = torch.from_numpy(tiny_dataset.batch(0, 4))
+    seen: dict[str, Tensor] = {}
+
+    def first(act: Tensor, _: object) -> Tensor:
+        seen["onward"] = onward(mlp(seen["mlp"]))
+        return mlp(seen["mlp"])  # type: ignore[no-any-return]
+
+    hooks = [
+        (INPUTS[0], lambda act, _: seen.update(mlp=act)),
+        (OUTPUTS[0], first),
+        (INPUTS[1], lambda act, _: sae(act)),
+        (OUTPUTS[1], lambda act, _: seen["onward"]),
+    ]
+    with torch.no_grad():
+        got = replacement_logits(tiny_llama, tokens, made, torch.ones(tokens.shape, dtype=torch.bool))
+        torch.testing.assert_close(got, tiny_llama.run_with_hooks(tokens, hooks))
+
+
 def test_what_cannot_stand_in_a_running_model(tiny_llama: HookedModel, tiny_dataset: TokenDataset) -> None:
     origin = Origin(model_name="tiny-llama", inputs=INPUTS, outputs=OUTPUTS)
     backwards = Origin(model_name="tiny-llama", inputs=INPUTS[::-1], outputs=OUTPUTS[::-1])
@@ -280,3 +307,14 @@ def test_what_makes_no_set() -> None:
     other = Dictionary(D, 8, ReLU(), origin=Origin.at("gpt2", "blocks.1.hook_resid_pre"))
     with pytest.raises(ConfigError, match="gpt2, tiny-llama"):
         DictionarySet([one, other])
+    bare = Origin(model_name="tiny-llama", inputs=(INPUTS[1],), prepend_bos=False)
+    with pytest.raises(ConfigError, match="all with a BOS or all without. Got: prepend_bos True, False"):
+        DictionarySet([one, Dictionary(D, 8, ReLU(), origin=bare)])
+
+
+def test_a_set_says_of_its_text_what_is_true_of_all_members() -> None:
+    origins = [Origin.at("tiny-llama", INPUTS[i], context=16 * (i + 1), dataset="texts") for i in (0, 1)]
+    found = DictionarySet([Dictionary(D, 8, ReLU(), origin=origin) for origin in origins]).origin
+    assert (found.context, found.dataset, found.prepend_bos) == (None, "texts", True)
+    alone = DictionarySet([Dictionary(D, 8, ReLU(), origin=origins[1])]).origin
+    assert (alone.context, alone.dataset) == (32, "texts")

@@ -1,5 +1,7 @@
 """The reader: lists, filters, features, examples, search, and what it says of damaged folders."""
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,16 @@ def test_summary(tiny_index: FeatureIndex) -> None:
     assert sum(summary.density_histogram[1]) == summary.n_alive
     assert repr(tiny_index).startswith("FeatureIndex(")
     assert len(tiny_index) == D_SAE
+
+
+def test_the_fingerprint_is_of_what_is_written(tiny_path: Path, tmp_path: Path) -> None:
+    older = shutil.copytree(tiny_path, tmp_path / "older")
+    head = json.loads((older / "config.json").read_text(encoding="utf-8"))
+    del head["config"]["layers"]  # as before there was this field
+    (older / "config.json").write_text(json.dumps(head), encoding="utf-8")
+    written = json.dumps(head["config"], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    with open_index(older) as index:
+        assert index.summary.fingerprint == hashlib.sha256(written.encode()).hexdigest()[:16]
 
 
 def test_rows_equal_plain_statistics(tiny_index: FeatureIndex) -> None:

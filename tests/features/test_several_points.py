@@ -1,5 +1,6 @@
 """An index of dictionaries that read several points: cross-layer transcoders, crosscoders and sets, against plain runs."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,17 @@ from torch import Tensor
 
 from microtome.activations import harvest
 from microtome.common.errors import ArtifactError, ConfigError
-from microtome.dictionary import Dictionary, DictionaryOrSet, DictionarySet, Origin, save_dictionary
+from microtome.dictionary import (
+    Dictionary,
+    DictionaryOrSet,
+    DictionarySet,
+    Origin,
+    load_dictionary_or_set,
+    save_dictionary,
+)
 from microtome.dictionary.activation import TopK
 from microtome.features import IndexConfig, build_index, open_index
+from microtome.features.prompt import dictionary_of
 from microtome.features.weights import LatentWeights
 from microtome.model import HookedModel
 from microtome.model.families import LLAMA
@@ -185,3 +194,62 @@ def test_a_set_of_several_widths_shares_no_space() -> None:
     other = topk_dictionary(48, 30, 4, origin=Origin.at("tiny-llama", "blocks.0.mlp.hook_post"))
     with pytest.raises(ConfigError, match=r"several widths.*24, 48.*one by one"):
         LatentWeights.of(DictionarySet([random_at(READS[:1], WRITES[:1]), other]))
+
+
+def test_several_widths_are_refused_before_the_pass(model: HookedModel, dataset: TokenDataset, tmp_path: Path) -> None:
+    other = topk_dictionary(48, 30, 4, origin=Origin.at("tiny-llama", "blocks.0.mlp.hook_post"))
+    with pytest.raises(ConfigError, match="several widths"):
+        build_index(model, DictionarySet([random_at(READS[:1], WRITES[:1]), other]), dataset, tmp_path / "index")
+    assert list(tmp_path.iterdir()) == []  # no draft was begun
+
+
+def test_what_adds_nothing_to_the_stream_has_no_direction() -> None:
+    normalized = tuple(f"blocks.{i}.ln2.hook_normalized" for i in (0, 1))
+    assert LatentWeights.of(random_at(READS, normalized)).direction.shape == (30, 0)
+    assert LatentWeights.of(random_cross_layer("tiny-llama", READS, normalized, d=D)).direction.shape == (80, 0)
+    # The deepest state has seen what was added before it; what is added behind it comes on top, and nothing else.
+    points = (WRITES[1], normalized[1], READS[1], WRITES[0])
+    mixed = random_at(READS, points)
+    after, _, state, _ = mixed.W_dec.split(D, 1)
+    torch.testing.assert_close(LatentWeights.of(mixed).direction, after + state)
+
+
+def test_nearest_latents_outside_the_stream_are_of_the_same_member(
+    model: HookedModel, dataset: TokenDataset, tmp_path: Path
+) -> None:
+    members = [
+        topk_dictionary(48, n, 4, origin=Origin.at("tiny-llama", f"blocks.{i}.mlp.hook_post"), seed=i)
+        for i, n in enumerate((6, 30))
+    ]
+    members[1].W_dec.data[:6] = members[0].W_dec.data  # equal numbers at another point mean nothing
+    index = build_index(model, DictionarySet(members), dataset, tmp_path / "index", config=CONFIG)
+    for latents, member in zip((range(6), range(6, 36)), members, strict=True):
+        unit = torch.nn.functional.normalize(member.W_dec.detach(), dim=1)
+        cosines = (unit @ unit.T).fill_diagonal_(-9)
+        for latent in (latents[0], latents[-1]):
+            found = index.feature(latent)
+            expected = cosines[latent - latents[0]].topk(5)
+            assert [near.feature - latents[0] for near in found.neighbours] == expected.indices.tolist()
+            np.testing.assert_allclose([near.cosine for near in found.neighbours], expected.values, atol=1e-6)
+            assert found.top_logits == []
+    inside = LatentWeights.of(per_layer())
+    assert inside.spaces == (60,)
+
+
+def test_a_set_that_was_moved_with_its_index_is_found(
+    model: HookedModel, dataset: TokenDataset, tmp_path: Path
+) -> None:
+    for i in (0, 1):
+        (tmp_path / f"old/set/{i}").mkdir(parents=True)
+        save_dictionary(random_at(READS[i : i + 1], WRITES[i : i + 1], seed=i), tmp_path / f"old/set/{i}")
+    made = load_dictionary_or_set(tmp_path / "old/set")
+    built = build_index(model, made, dataset, tmp_path / "old/index", config=CONFIG)
+    expected = built.top_features("The court held the train", model=model)
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = open_index(tmp_path / "new/index")
+    assert dictionary_of(moved.record, moved.path) == tmp_path / "new/set"
+    assert moved.top_features("The court held the train", model=model) == expected
+    # An index of its dictionary's name is not taken for it.
+    renamed = moved.path.rename(tmp_path / "new/set2")
+    record = dataclasses.replace(moved.record, dictionary="gone/set2")
+    assert dictionary_of(record, renamed) == Path("gone/set2")

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from microtome.common.artifacts import draft, write_json
 from microtome.common.config import to_dict
-from microtome.features.config import KIND, IndexConfig, IndexRecord, LayerLatents, histogram_edges
+from microtome.features.config import KIND, IndexConfig, IndexRecord, PointLatents, histogram_edges
 from microtome.features.summary import FeatureSummary
 from microtome.features.write import WeightFacts, write_tables
 
@@ -111,7 +111,7 @@ def make_facts(n_vocab: int, seed: int = 0) -> WeightFacts:
     )
 
 
-def make_tiny_index(folder: Path, *, layers: tuple[LayerLatents, ...] = ()) -> Path:
+def make_tiny_index(folder: Path, *, layers: tuple[PointLatents, ...] = ()) -> Path:
     """Write the index into `folder` (which must not exist) and return it; with `layers` it says that its latents read
     several points. Takes about 0.1 s."""
     tokenizer = make_tokenizer()

@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from microtome.features import FeatureIndex, open_index
-from microtome.features.config import LayerLatents
+from microtome.features.config import PointLatents
 from microtome.web.convert import neuronpedia_address
 from microtome.web.server import create_app
 
@@ -66,7 +66,7 @@ def test_filters(client: TestClient) -> None:
 
 def test_features_of_several_layers_are_filtered_by_them(client: TestClient, tmp_path: Path) -> None:
     layers = tuple(
-        LayerLatents(name=f"blocks.{i}.hook_resid_mid", layer=i, n_latents=n) for i, n in ((3, 20), (5, D_SAE - 20))
+        PointLatents(name=f"blocks.{i}.hook_resid_mid", layer=i, n_latents=n) for i, n in ((3, 20), (5, D_SAE - 20))
     )
     path = make_tiny_index(tmp_path / "index", layers=layers)
     with open_index(path) as several, TestClient(create_app(several, loader=None), base_url=BASE) as of_several:

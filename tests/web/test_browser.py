@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from microtome.features.config import LayerLatents
+from microtome.features.config import PointLatents
 
 from ..features.tiny import D_SAE as TINY_D_SAE  # noqa: TID252 – tests share their tiny index
 from ..features.tiny import DEAD as TINY_DEAD  # noqa: TID252
@@ -140,7 +140,7 @@ def test_sort_and_filters_are_in_the_address(page: Page, live: str) -> None:
 def test_features_of_several_layers(browser: Browser, tmp_path: Path) -> None:
     """Of a cross-layer transcoder: each feature says its layer, and the list is filtered by it."""
     layers = tuple(
-        LayerLatents(name=f"blocks.{i}.hook_resid_mid", layer=i, n_latents=n) for i, n in ((3, 8), (5, TINY_D_SAE - 8))
+        PointLatents(name=f"blocks.{i}.hook_resid_mid", layer=i, n_latents=n) for i, n in ((3, 8), (5, TINY_D_SAE - 8))
     )
     with workbench(make_tiny_index(tmp_path / "index", layers=layers), model=False) as base:
         record, page = Record(base), browser.new_page()

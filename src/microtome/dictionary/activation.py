@@ -92,7 +92,8 @@ class GroupTopK(Activation):
     def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
         n, d_sae = pre.shape
         width = d_sae // self.groups
-        within = top_k(pre.reshape(n * self.groups, width), self.k // self.groups).view(n, self.groups, -1)
+        each = self.k // self.groups
+        within = top_k(pre.reshape(n * self.groups, width), each).view(n, self.groups, each)
         starts = torch.arange(self.groups, device=pre.device)[:, None] * width
         indices = (within + starts).flatten(1)
         return SparseCodes(indices, pre.gather(1, indices).relu(), d_sae)

@@ -22,7 +22,8 @@ from microtome.dictionary.dictionary import Dictionary, Origin
 
 class DictionarySet(nn.Module):
     """The `members` in their order. Raises ConfigError where there is none, one reads or writes several points, two read
-    or write the same point, or they are of several models."""
+    or write the same point, they are of several models, or one was trained with a BOS and another without. Context and data
+    set are None where they differ."""
 
     by_layer = True
 
@@ -48,6 +49,11 @@ class DictionarySet(nn.Module):
             )
         models = sorted({o.model_name for o in origins})
         require(len(models) == 1, "The dictionaries of a set are of one model", got=", ".join(models))
+        require(
+            len({o.prepend_bos for o in origins}) == 1,
+            "The dictionaries of a set read the same text, all with a BOS or all without",
+            got=f"prepend_bos {', '.join(str(o.prepend_bos) for o in origins)}",
+        )
         self.members = nn.ModuleList(members)
         widths = tuple(member.d_out for member in members)
         first = origins[0]
@@ -55,9 +61,9 @@ class DictionarySet(nn.Module):
             model_name=first.model_name,
             inputs=inputs,
             outputs=outputs,
-            context=first.context,
+            context=first.context if len({o.context for o in origins}) == 1 else None,
             prepend_bos=first.prepend_bos,
-            dataset=first.dataset,
+            dataset=first.dataset if len({o.dataset for o in origins}) == 1 else None,
             widths=widths if len(widths) > 1 else (),
         )
         self.path = Path()  # whoever opens it from a folder says which

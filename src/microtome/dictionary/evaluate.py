@@ -63,8 +63,9 @@ class Evaluation:
     `top1_spliced` is the share of tokens after which the most likely next token is the clean model's.
 
     There every input is the clean run's. The fields that end in `_replaced` are the replacement model's, whose layers read
-    what the layers before them have made; None where that cannot be: of a dictionary of one point (there the two runs are
-    one), a crosscoder, and a cross-layer transcoder that makes one choice among the latents of all layers.
+    what the layers before them have made; None of all others than cross-layer transcoders and sets: of an autoencoder or
+    a transcoder alone, where the two runs would be one (as they are of a set of one), and of a crosscoder; also of a
+    cross-layer transcoder that makes one choice among the latents of all layers.
 
     A latent is dead that fired on none of the `n_tokens` tokens (that is the window), dense above a tenth of them,
     frequent above a hundredth. `density_counts[i]` is the number of latents whose density lies between

@@ -118,8 +118,10 @@ def by_beginning(
 ) -> Iterator[tuple[Int[Tensor, " some"], Beginning]]:
     """The numbers of the prompts, some at a time, with what they have in common: all but the last `behind` tokens, which the
     model has read. Where hardly any two have, nothing is shared."""
-    beginnings, of = prompts[:, :-behind].unique(dim=0, return_inverse=True)
-    if len(beginnings) * 4 > len(prompts):
+    common = prompts[:, :-behind]
+    # Rows of no tokens are all alike, but `unique` does not take them.
+    beginnings, of = common.unique(dim=0, return_inverse=True) if common.shape[1] else (common, None)
+    if of is None or len(beginnings) * 4 > len(prompts):
         nothing = Beginning.of(model, prompts[0, :0])
         for part in torch.arange(len(prompts)).split(max(1, rows // 8)):
             yield part, nothing

@@ -37,11 +37,16 @@ def replacement_logits(
     """Logits of the run in which `dictionary` writes all its outputs wherever `where` holds, from what it reads in that
     same run."""
     running = _Running(dictionary, where)
-    layers = range(len(dictionary.origin.inputs))
-    # A point that is read and written (an autoencoder's) is read first: hooks of one point are called in this order.
-    reads = [(dictionary.origin.inputs[layer], running.reading(layer)) for layer in layers]
-    writes = [(dictionary.origin.outputs[layer], running.writing(layer)) for layer in layers]
-    return model.run_with_hooks(tokens, [*reads, *writes])
+    inputs, outputs = dictionary.origin.inputs, dictionary.origin.outputs
+    depth = [model.resolve(name)[0] for name in inputs]
+    last = [max(dictionary.sources(i), key=depth.__getitem__) for i in range(len(outputs))]
+    hooks: list[tuple[str, HookFn]] = []
+    # Hooks of one point are called in this order. An output is written as soon as all that it is made of is read: an
+    # autoencoder reads its point before it writes it, and who reads what another has written finds that there.
+    for layer in sorted(range(len(inputs)), key=depth.__getitem__):
+        hooks.append((inputs[layer], running.reading(layer)))
+        hooks += [(name, running.writing(i)) for i, name in enumerate(outputs) if last[i] == layer]
+    return model.run_with_hooks(tokens, hooks)
 
 
 class _Running:

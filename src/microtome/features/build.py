@@ -29,10 +29,10 @@ from microtome.dictionary import DictionaryOrSet
 from microtome.dictionary.fit import check_fit
 from microtome.dictionary.formats import CFG
 from microtome.dictionary.surface import latents_by_input
-from microtome.features.config import KIND, IndexConfig, IndexRecord, LayerLatents, histogram_edges
+from microtome.features.config import KIND, IndexConfig, IndexRecord, PointLatents, histogram_edges
 from microtome.features.index import FeatureIndex, open_index
 from microtome.features.summary import FeatureSummary
-from microtome.features.weights import weight_facts
+from microtome.features.weights import check_widths, weight_facts
 from microtome.features.write import DocumentOf, write_tables
 from microtome.model import HookedModel, HookName
 from microtome.text import TokenDataset
@@ -62,10 +62,12 @@ def build_index(
     `metrics` are numbers about the dictionary that the index shows. Goes on with a build that was stopped, and simply
     opens one that is complete and was made with the same settings.
 
-    Raises ConfigError or ModelError when the dictionary does not fit the model, InputError when the store is of other
+    Raises ConfigError or ModelError when the dictionary does not fit the model or is a set with outputs of several
+    widths, InputError when the store is of other
     data, ArtifactError when `out` holds, or was begun with, other settings (each difference is named).
     """
     check_fit(model, sae)
+    check_widths(sae)
     tokenizer = _tokenizer(model)
     pass_ = _Pass(model, sae, dataset, config or IndexConfig(), store)
     out = Path(out)
@@ -131,7 +133,7 @@ class _Pass:
             context=self.dataset.context,
             bos_id=self.dataset.bos_id,
             layers=tuple(
-                LayerLatents(name=name, layer=HookName.parse(name).layer, n_latents=latents.stop - latents.start)
+                PointLatents(name=name, layer=HookName.parse(name).layer, n_latents=latents.stop - latents.start)
                 for name, latents in latents_by_input(self.sae)
             ),
             neuronpedia=_neuronpedia(self.sae),

@@ -59,7 +59,7 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerLatents:
+class PointLatents:
     """So many latents read the point `name`, which lies in this block (None: in no block)."""
 
     name: str
@@ -73,7 +73,7 @@ class IndexRecord:
 
     model: str
     dictionary: str
-    """Where the dictionary came from: what `load_dictionary` takes."""
+    """Where the dictionary came from: what `load_dictionary_or_set` takes."""
     dictionary_fingerprint: str
     hook_name: str
     """The point that the latents read; of several a short form of all: `blocks.{10,11}.hook_resid_mid`."""
@@ -86,7 +86,7 @@ class IndexRecord:
     n_sequences: int
     context: int
     bos_id: int | None
-    layers: tuple[LayerLatents, ...] = ()
+    layers: tuple[PointLatents, ...] = ()
     """Of a dictionary whose latents read one of several points each (a cross-layer transcoder, a set): the points in the
     order of their latents. Empty where all latents read the same."""
     neuronpedia: str | None = None

@@ -16,7 +16,7 @@ import numpy as np
 
 from microtome.common.artifacts import fingerprint, read_head, read_json
 from microtome.common.assets import shipped_or
-from microtome.common.config import from_dict, to_dict
+from microtome.common.config import from_dict
 from microtome.common.errors import ArtifactError, ConfigError, InputError, unknown_name
 from microtome.features.config import KIND, IndexRecord
 from microtome.features.results import (
@@ -88,7 +88,9 @@ class FeatureIndex:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.record = from_dict(IndexRecord, read_head(path, KIND))
+        head = read_head(path, KIND)
+        self.record = from_dict(IndexRecord, head)
+        self._fingerprint = fingerprint(head)  # of what is written: a field that is new since then does not change it
         self.strings = TokenStrings.open(path / "tokenizer.json")
         totals = _totals(path)
         ends = list(accumulate((each.n_latents for each in self.record.layers), initial=0))
@@ -350,7 +352,7 @@ class FeatureIndex:
             n_alive=len(densities),
             n_dead=r.d_sae - len(densities),
             density_histogram=([float(e) for e in edges], [int(c) for c in counts]),
-            fingerprint=fingerprint(to_dict(r)),
+            fingerprint=self._fingerprint,
             neuronpedia=r.neuronpedia,
             layers=tuple(sorted({layer for layer, _ in self._layers if layer is not None})),
             metrics=metrics,

@@ -69,6 +69,8 @@ def dictionary_of(record: IndexRecord, folder: Path) -> Path:
     told = Path(record.dictionary)
     if told.exists():
         return told
-    beside = sorted(path.parent for path in folder.parent.glob(f"*/{CFG}"))
-    same = [path for path in beside if path.name == told.name]
-    return same[0] if same else beside[0] if len(beside) == 1 else told
+    same = folder.parent / told.name
+    if told.name and same.exists() and same != folder:
+        return same
+    beside = [path.parent for path in folder.parent.glob(f"*/{CFG}")]
+    return beside[0] if len(beside) == 1 else told

@@ -6,8 +6,10 @@ which depends on the token and is left out; the mean over the vocabulary is take
 Both tables are computed a few latents at a time: latents × vocabulary is never in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from microtome.model import HookedModel, HookName
 _CELLS = 1 << 25
 _VOCABULARY_SLICE = 1 << 15
 _STREAM = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+_ADDED = ("hook_attn_out", "hook_mlp_out")
 
 Table = tuple[Int32[np.ndarray, "d_sae n"], Float32[np.ndarray, "d_sae n"]]
 """The columns chosen of each row, and their values."""
@@ -34,9 +37,12 @@ class LatentWeights:
 
     `direction` is what a latent of activation 1 adds to the residual stream before the unembedding, if nothing behind its
     outputs answers to it: what it writes at several points *of* the stream (a crosscoder's, also a causal one's) is the
-    same thing seen at several depths, so the deepest one counts; what it writes *into* the stream (the MLP outputs of a cross-layer
-    transcoder) adds up. `row` is what nearest latents are found by: the decoder row, and for a cross-layer transcoder,
-    whose rows for all layers would be many gigabytes, the direction.
+    same thing seen at several depths, so the deepest one counts; what it writes *into* the stream behind that (attention
+    and MLP outputs) adds up. Of width 0 where an output is of another width, or none of several is of either kind.
+
+    `row` is what nearest latents are found by: the decoder row, and for a cross-layer transcoder, whose rows for all layers
+    would be many gigabytes, the direction, or, without one, the row of the last output. `spaces` counts the latents whose
+    rows lie in one space: all, but for a set with outputs outside the stream those of each member.
     """
 
     encoder_norm: Float[Tensor, " d_sae"]
@@ -44,6 +50,7 @@ class LatentWeights:
     bias: Float[Tensor, " d_sae"]
     direction: Float[Tensor, "d_sae d"]
     row: Float[Tensor, "d_sae d_row"]
+    spaces: tuple[int, ...]
 
     @classmethod
     def of(cls, sae: SparseDictionary) -> "LatentWeights":
@@ -52,15 +59,17 @@ class LatentWeights:
             return cls._of_set(sae)
         if isinstance(sae, CrossLayerTranscoder):
             rows = [each.detach().float() for each in sae.W_dec]
-            # The last layer's row is the deepest state; MLP outputs of all layers add up.
-            states = all(HookName.parse(name).point in _STREAM for name in sae.origin.outputs)
-            written = torch.cat([each[:, -1] if states else each.sum(1) for each in rows])
+            counted = _counted(sae.origin.outputs)
+            # Layer l has no rows for the outputs before its own.
+            chosen = [[i - layer for i in counted or [len(rows) - 1] if i >= layer] for layer in range(len(rows))]
+            written = torch.cat([each[:, own].sum(1) for each, own in zip(rows, chosen, strict=True)])
             return cls(
                 encoder_norm=sae.encoder.float().norm(dim=2).flatten(),
                 decoder_norm=torch.cat([each.flatten(1).norm(dim=1) for each in rows]),
                 bias=sae.b_enc.float().flatten(),
-                direction=written,
+                direction=written if counted else written[:, :0],
                 row=written,
+                spaces=(sae.d_sae,),
             )
         assert isinstance(sae, Dictionary)
         W_dec = sae.W_dec.float()
@@ -70,46 +79,68 @@ class LatentWeights:
             bias=sae.b_enc.float(),
             direction=_direction(W_dec, sae),
             row=W_dec,
+            spaces=(sae.d_sae,),
         )
 
     @classmethod
     def _of_set(cls, sae: DictionarySet) -> "LatentWeights":
-        if len(set(sae.out_widths)) > 1:
-            raise ConfigError(
-                "The dictionaries of this set have outputs of several widths, which share no space",
-                got=", ".join(map(str, sae.out_widths)),
-                fix="Index them one by one",
-            )
+        check_widths(sae)
+        inside = all(_inside(name) for name in sae.origin.outputs)
         parts = [cls.of(member) for member in sae.dictionaries]
         return cls(
             encoder_norm=torch.cat([part.encoder_norm for part in parts]),
             decoder_norm=torch.cat([part.decoder_norm for part in parts]),
             bias=torch.cat([part.bias for part in parts]),
-            direction=torch.cat([part.direction for part in parts]),
+            direction=torch.cat([part.direction if inside else part.direction[:, :0] for part in parts]),
             row=torch.cat([part.row for part in parts]),
+            spaces=(sae.d_sae,) if inside else tuple(member.d_sae for member in sae.dictionaries),
         )
 
 
+def check_widths(sae: SparseDictionary) -> None:
+    """Raise ConfigError for a set whose outputs are of several widths."""
+    if isinstance(sae, DictionarySet) and len(set(sae.out_widths)) > 1:
+        raise ConfigError(
+            "The dictionaries of this set have outputs of several widths, which share no space",
+            got=", ".join(map(str, sae.out_widths)),
+            fix="Index them one by one",
+        )
+
+
+def _inside(name: str) -> bool:
+    """Whether the activations at a point are vectors of the residual stream's width."""
+    return HookName.parse(name).axes == ("batch", "pos", "d_model")
+
+
+def _counted(outputs: Sequence[str]) -> list[int]:
+    """Which outputs make up what a latent adds to the stream: the deepest state of the stream, and what is added behind it.
+    A single output inside the stream's space counts whatever it is."""
+    if not all(map(_inside, outputs)):
+        return []
+    if len(outputs) == 1:
+        return [0]
+    names = [HookName.parse(name) for name in outputs]
+    deepest = max((name for name in names if name.point in _STREAM), default=None)
+    return [
+        i
+        for i, name in enumerate(names)
+        if name == deepest or (name.point in _ADDED and (deepest is None or name > deepest))
+    ]
+
+
 def _direction(W_dec: Float[Tensor, "d_sae d_out"], sae: Dictionary) -> Float[Tensor, "d_sae d"]:
-    """What each latent adds to the stream, where the outputs of a crosscoder are of one width; else the rows."""
-    names, widths = [HookName.parse(name) for name in sae.origin.outputs], sae.output_widths
-    if len(names) == 1 or len(set(widths)) > 1:
-        return W_dec
-    pieces = dict(zip(names, W_dec.split(widths[0], 1), strict=True))
-    stream = [name for name in names if name.point in _STREAM]
-    return pieces[max(stream)] if stream else torch.stack(list(pieces.values())).sum(0)
+    """What each latent adds to the stream, of width 0 where that is nothing."""
+    counted = _counted(sae.origin.outputs)
+    pieces = W_dec.chunk(len(sae.origin.outputs), 1)
+    return reduce(add, [pieces[i] for i in counted]) if counted else W_dec[:, :0]
 
 
 @torch.inference_mode()
 def weight_facts(model: HookedModel, sae: SparseDictionary, config: IndexConfig) -> WeightFacts:
-    """The facts of every latent of `sae`. The logit lists are empty where an output is outside the residual stream's
-    space.
-    """
+    """The facts of every latent of `sae`. The logit lists are empty where it adds nothing to the residual stream."""
     weights = LatentWeights.of(sae)
-    inside = all(HookName.parse(name).axes[-1] == "d_model" for name in sae.origin.outputs)
-    directions = weights.direction if inside else weights.direction[:, :0]
-    (top_ids, top_values), (bottom_ids, bottom_values) = logit_effects(model, directions, config.logits)
-    near_ids, near_cosines = nearest_latents(weights.row, config.neighbours)
+    (top_ids, top_values), (bottom_ids, bottom_values) = logit_effects(model, weights.direction, config.logits)
+    near_ids, near_cosines = nearest_latents(weights.row, config.neighbours, weights.spaces)
     return WeightFacts(
         top_logit_ids=top_ids,
         top_logit_values=top_values,
@@ -148,19 +179,25 @@ def logit_effects(model: HookedModel, directions: Float[Tensor, "d_sae d"], n: i
 
 
 @torch.inference_mode()
-def nearest_latents(W_dec: Float[Tensor, "d_sae d_in"], n: int) -> Table:
-    """The `n` other latents whose decoder rows have the highest cosine with each latent's, nearest first."""
+def nearest_latents(W_dec: Float[Tensor, "d_sae d_in"], n: int, spaces: Sequence[int] = ()) -> Table:
+    """The `n` other latents whose decoder rows have the highest cosine with each latent's, nearest first. With `spaces` so
+    many latents at a time are compared, and `n` is at most what the smallest of these has."""
     unit = nn.functional.normalize(W_dec.float(), dim=1)
-    n = min(n, len(unit) - 1)
-    found = []
-    first = 0
-    for rows in _chunks(unit, len(unit)):
-        cosines = rows @ unit.T
-        own = torch.arange(len(rows), device=unit.device)
-        cosines[own, own + first] = -2.0
-        found.append(cosines.topk(n, dim=1))
-        first += len(rows)
-    return _table(found)
+    sizes = list(spaces) or [len(unit)]
+    n = min(n, min(sizes) - 1)
+    tables, start = [], 0
+    for space in unit.split(sizes):
+        found, first = [], 0
+        for rows in _chunks(space, len(space)):
+            cosines = rows @ space.T
+            own = torch.arange(len(rows), device=unit.device)
+            cosines[own, own + first] = -2.0
+            found.append(cosines.topk(n, dim=1))
+            first += len(rows)
+        ids, values = _table(found)
+        tables.append((ids + np.int32(start), values))
+        start += len(space)
+    return np.concatenate([ids for ids, _ in tables]), np.concatenate([values for _, values in tables])
 
 
 def _chunks(rows: Float[Tensor, "row d"], width: int) -> Iterator[Float[Tensor, "some d"]]:

@@ -58,7 +58,6 @@ def dictionary_learning() -> None:
 def dictionary_learning_trained() -> None:
     """What each trainer leaves after four steps, and one leaves on the way, with its own config; read back by their classes."""
     from dictionary_learning import dictionary as d
-    from dictionary_learning import training
     from dictionary_learning.trainers import batch_top_k, gated_anneal, gdm, jumprelu, p_anneal, standard, top_k
     from dictionary_learning.trainers import matryoshka_batch_top_k as matryoshka
 
@@ -98,25 +97,26 @@ def dictionary_learning_trained() -> None:
         known = trainer.__init__.__code__.co_varnames
         config = {key: value for key, value in common.items() if key in known}
         folder = ROOT / "dictionary_learning" / f"trained_{name}"
-        with tempfile.TemporaryDirectory() as run:
-            # AutoEncoderNew has no scale_biases, which the norming of activations needs.
-            normed = cls is not d.AutoEncoderNew
-            training.trainSAE(
-                [torch.randn(64, D, generator=torch.Generator().manual_seed(i)) * 2 for i in range(4)],
-                [{"trainer": trainer, **config, **more}],
-                4,
-                save_dir=run,
-                save_steps=[2],
-                device="cpu",
-                normalize_activations=normed,
-            )
-            shutil.copytree(f"{run}/trainer_0", folder)
+        # AutoEncoderNew has no scale_biases, which the norming of activations needs.
+        _train_into(folder, {"trainer": trainer, **config, **more}, normed=cls is not d.AutoEncoderNew)
         if name != "BatchTopK":
             shutil.rmtree(folder / "checkpoints")
         with torch.no_grad():
             for file in folder.rglob("*.pt"):
                 ae = cls.from_pretrained(str(file), **({"normalize_decoder": False} if cls is d.AutoEncoder else {}))
                 expect(folder if file.name == "ae.pt" else file, inputs(), ae.encode(inputs()), ae(inputs()))
+
+
+def _train_into(folder: Path, config: dict[str, Any], *, normed: bool) -> None:
+    """Train four steps with dictionary_learning's own loop, and put what it leaves into the folder."""
+    from dictionary_learning import training
+
+    batches = [torch.randn(64, D, generator=torch.Generator().manual_seed(i)) * 2 for i in range(4)]
+    with tempfile.TemporaryDirectory() as run:
+        training.trainSAE(
+            batches, [config], 4, save_dir=run, save_steps=[2], device="cpu", normalize_activations=normed
+        )
+        shutil.copytree(f"{run}/trainer_0", folder)
 
 
 def sparsify() -> None:

@@ -196,16 +196,18 @@ def measured(config: Config, size: Size) -> dict[str, Any] | str:
 def _measured(config: Config, size: Size, device: torch.device) -> dict[str, Any]:
     n, steps = config.batch_size or 0, config.steps or 0
     batches = list(_batches(n, size.d_in, config.seed, device))
+    source = ArraySource(torch.cat(batches).cpu(), rows_per_block=n)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microtome-bench-")))
-        # What importing and a first step load is not the dictionary's memory.
-        small = _trainer(config, replace(size, d_sae=max(1024, config.k or 0)), batches, scratch / "small")
-        small.train_step(batches[0])
-        del small
-        gc.collect()
+        # What importing and a first step load is not the dictionary's memory, and neither is the data.
+        small = _trainer(config, replace(size, d_sae=max(1024, config.k or 0)), source, scratch / "small")
+        with freed_memory_kept():  # at its end what is free goes back to the system
+            small.train_step(batches[0])
+            del small
+            gc.collect()
         _forget_peak(device)
         held = _held(device)
-        trainer = _trainer(config, size, batches, scratch / "sized")
+        trainer = _trainer(config, size, source, scratch / "sized")
         stack.enter_context(freed_memory_kept())  # as in Trainer.run
         stream = itertools.cycle(batches)
         for _ in range(_WARM_UP):
@@ -232,19 +234,17 @@ def _measured(config: Config, size: Size, device: torch.device) -> dict[str, Any
     }
 
 
-def _trainer(config: Config, size: Size, batches: list[Tensor], folder: Path) -> Trainer:
+def _trainer(config: Config, size: Size, source: ArraySource, folder: Path) -> Trainer:
     """A trainer that has begun, and wants batches."""
+    batch_size = config.batch_size or 0
     settings = TrainConfig(
-        n_tokens=_ENDLESS * len(batches[0]),
-        batch_size=len(batches[0]),
+        n_tokens=_ENDLESS * batch_size,
+        batch_size=batch_size,
         seed=config.seed,
         device=config.device,
         select_dtype=config.select_dtype,
     )
-    rows = torch.cat(batches).cpu()
-    trainer = Trainer(
-        [size.dictionary(config.k or 0)], ArraySource(rows, rows_per_block=len(batches[0])), folder, settings
-    )
+    trainer = Trainer([size.dictionary(config.k or 0)], source, folder, settings)
     trainer.begin()
     return trainer
 

@@ -277,6 +277,7 @@ def test_p_falls_and_the_penalty_stays() -> None:
     stack, p = make(config), []
     for fraction in (0.0, 0.5, 0.75, 1.0):
         stack.step(rows(1), rows(1), variance=VARIANCE, fraction=fraction)
+        stack.after_update()
         p.append(float(stack.rule.get_buffer("p")))
     assert p == pytest.approx([1.0, 1.0, 0.6, 0.2])
     stack = make(config)

@@ -26,6 +26,7 @@ def freed_memory_kept() -> Iterator[None]:
     if libc is None:
         yield
         return
+    libc.malloc_trim(0)  # what was freed before lies in pieces
     libc.mallopt(_TRIM_THRESHOLD, _NEVER)
     libc.mallopt(_MMAP_MAX, 0)
     try:

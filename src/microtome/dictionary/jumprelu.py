@@ -37,6 +37,10 @@ class JumpReLURule(ReLURule):
     def keep(self, pre: PreActivations, step: Step) -> Kept:
         return self._kept(pre.whole, (self.threshold - self.config.bandwidth / 2).detach())
 
+    def pieces(self, kept: Kept) -> list[tuple[slice, Kept]]:
+        # With "quadratic" the penalty is of the mean L0 of all rows.
+        return [(slice(None), kept)] if self.config.sparsity == "quadratic" else super().pieces(kept)
+
     def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         f: Tensor = JumpReLU.apply(pre, kept.latent(self.threshold), self.config.bandwidth)  # type: ignore[no-untyped-call]
         return f

@@ -1,14 +1,15 @@
 """What makes an architecture: which latents a step keeps, the values they get, and the penalty on them.
 
 A `Rule` belongs to a stack of S members (`stack.py`) and holds the parameters and counters that its architecture adds.
-A step calls, in order, `keep` (from pre-activations without gradient, in the dtype of the selection), `values` (with
-gradient, from the pre-activations at the kept entries), `penalty`, `observe`, and after the update `after_update`.
+A step calls `keep` (from pre-activations without gradient, in the dtype of the selection); then, for each of the `pieces` of
+the batch, `values` (with gradient, from the pre-activations at the kept entries), `penalty` and `observe`; and after the update
+`after_update`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +24,7 @@ from microtome.dictionary.config import (
     PenaltyConfig,
     TopKConfig,
 )
-from microtome.dictionary.kept import DenseKept, Entries, Kept, SparseKept
+from microtome.dictionary.kept import DenseKept, Entries, Kept, SparseKept, where_positive
 from microtome.dictionary.selection import PreActivations, batch_top_k, is_positive, top_k
 
 C = TypeVar("C", bound=DictionaryConfig)
@@ -49,6 +50,10 @@ class Step:
     b_enc: Float[Tensor, "S F"]
     column_sums: Callable[[], Float[Tensor, "S F"]]
 
+    def of(self, rows: slice, column_sums: Callable[[], Float[Tensor, "S F"]]) -> "Step":
+        """The same for some of the rows."""
+        return replace(self, weights=self.weights[:, rows], column_sums=column_sums)
+
 
 class Rule(nn.Module, ABC, Generic[C]):
     """One architecture, for the members whose configs are given (they differ in numbers of no shape alone)."""
@@ -61,6 +66,10 @@ class Rule(nn.Module, ABC, Generic[C]):
     @abstractmethod
     def keep(self, pre: PreActivations, step: Step) -> Kept:
         """The latents to keep, given what they are selected from."""
+
+    def pieces(self, kept: Kept) -> list[tuple[slice, Kept]]:
+        """Groups of rows whose losses can be had one after the other, which takes less memory."""
+        return kept.pieces()
 
     def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         """f at the kept entries, given the pre-activations there."""
@@ -167,6 +176,9 @@ class BatchTopKRule(TopKRule):
         mask = torch.zeros(whole.numel(), dtype=torch.bool, device=whole.device).index_fill_(0, places, True)
         return DenseKept(whole, mask.view_as(whole))
 
+    def pieces(self, kept: Kept) -> list[tuple[slice, Kept]]:
+        return [(slice(None), kept)]  # what is kept of a row depends on the other rows
+
     def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         """Of the entries that the selection's dtype could not tell apart, the largest by their exact values."""
         f = super().values(pre, kept, step)
@@ -238,9 +250,10 @@ class PAnnealRule(ReLURule):
         super().__init__(configs)
         self.p: Tensor
         self.register_buffer("p", torch.ones(()))
+        self._fall: tuple[float, Tensor, Tensor] | None = None  # to which p, and the penalties before and after it
 
     def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
-        powers = _power(f * kept.latent(step.norms), float(self.p))
+        powers: Tensor = _Power.apply(f * kept.latent(step.norms), float(self.p))  # type: ignore[no-untyped-call]
         return self.strength(step) * kept.member_sums(powers, step.weights)
 
     @torch.no_grad()
@@ -249,9 +262,17 @@ class PAnnealRule(ReLURule):
         if p == float(self.p):
             return
         sizes = f * kept.latent(step.norms)
-        before, after = (kept.member_sums(_power(sizes, each), step.weights) for each in (float(self.p), p))
-        self.coefficient.mul_(torch.where(after > 0, before / after.clamp_min(1e-12), torch.ones_like(after)))
-        self.p.fill_(p)
+        before, after = (kept.member_sums(_powers(sizes, each), step.weights) for each in (float(self.p), p))
+        seen = (0.0, 0.0) if self._fall is None else self._fall[1:]
+        self._fall = (p, before + seen[0], after + seen[1])
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        if self._fall is not None:
+            p, before, after = self._fall
+            self.coefficient.mul_(torch.where(after > 0, before / after.clamp_min(1e-12), torch.ones_like(after)))
+            self.p.fill_(p)
+            self._fall = None
 
     def _p_at(self, fraction: float) -> float:
         config = self.config
@@ -264,7 +285,21 @@ def _above(pre: Float[Tensor, "S n F"], edges: Float[Tensor, "S F"] | None) -> B
     return is_positive(pre if edges is None else pre - edges[:, None].to(pre.dtype))
 
 
-def _power(sizes: Entries, p: float) -> Entries:
+class _Power(torch.autograd.Function):
     """Sizes to the power p; zeros stay zeros, and have no gradient."""
-    positive = sizes > 0
-    return torch.where(positive, sizes.clamp_min(1e-12), torch.ones_like(sizes)).pow(p) * positive
+
+    @staticmethod
+    def forward(ctx: Any, sizes: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(sizes)
+        ctx.p = p
+        return _powers(sizes, p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (sizes,) = ctx.saved_tensors
+        return _powers(sizes, ctx.p - 1).mul_(grad).mul_(ctx.p), None
+
+
+def _powers(sizes: Entries, p: float) -> Entries:
+    """Sizes to the power p where they are positive, else 0."""
+    return where_positive(sizes.clamp_min(1e-12).pow_(p), sizes)

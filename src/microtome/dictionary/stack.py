@@ -11,6 +11,7 @@ no ratio: λ keeps the meaning that it has beside a summed squared error.
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -42,6 +43,16 @@ class StepReport:
     aux: Float[Tensor, " S"]
     l0: Float[Tensor, " S"]
     fired: Bool[Tensor, "S F"]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What a step saw of some rows: of each member the loss, the squared error and how often each latent fired, and ŷ − y."""
+
+    loss: Float[Tensor, " S"]
+    squared: Float[Tensor, " S"]
+    counts: Float[Tensor, "S F"]
+    residual: Float[Tensor, "S _ d_out"]
 
 
 @dataclass(frozen=True)
@@ -137,35 +148,51 @@ class Stack(nn.Module):
 
         Latents are selected with a product in `select_dtype`; the values of those kept are exact.
         """
-        self.zero_grad()
         spreads = torch.as_tensor(variance, dtype=torch.float32, device=y.device).expand(len(self))
-        b_dec = self.b_dec if self.config.centered else None
+        unit = 1.0 / (y.shape[1] * spreads.mean())
         pre = self.pre_activations(x, select_dtype)
-        empty = self.b_dec[:, None] - y
-        weights = self._row_weights(empty, spreads)
-        step = Step(fraction, weights, self.norms(), self.b_enc, lambda: self._column_sums(x))
+        weights = self._row_weights(y, spreads)
+        norms = self.norms()
+        gathered = norms.detach().requires_grad_(norms.requires_grad)  # its gradient, over the pieces
+        step = Step(fraction, weights, gathered, self.b_enc, partial(self._column_sums, x))
         dead = dead if self.config.revival in ("aux", "ghost") else None
         for_dead = pre.whole if dead is not None else x.new_empty(len(self), 0, 0)
         kept = self.rule.keep(pre, step)
-        del pre  # without dead latents the gradients may have its memory
+        del pre
+        self.zero_grad()  # not before: the pre-activations would lie where the next gradients are to lie
+        pieces = [
+            self._piece(x[:, rows], y[:, rows], part, step.of(rows, partial(self._column_sums, x[:, rows])), unit)
+            for rows, part in self.rule.pieces(kept)
+        ]
+        if gathered.grad is not None:
+            norms.backward(gathered.grad)
+        loss, squared, counts = (
+            torch.stack(each).sum(0) for each in zip(*((p.loss, p.squared, p.counts) for p in pieces))
+        )
+        aux = torch.zeros_like(loss)
+        if dead is not None:
+            errors = -torch.cat([piece.residual for piece in pieces], 1)
+            aux = torch.stack([self._revival(s, x, errors, weights, for_dead[s], dead[s]) for s in range(len(self))])
+            if aux.requires_grad:
+                aux.sum().backward()
+        fvu = squared / (y.shape[1] * spreads)
+        return StepReport(loss + aux.detach(), fvu, aux.detach(), counts.sum(1) / y.shape[1], counts > 0)
+
+    def _piece(self, x: Inputs, y: Targets, kept: Kept, step: Step, unit: Float[Tensor, ""]) -> "_Piece":
+        """Add the gradients of the loss of some rows to `.grad`."""
+        b_dec = self.b_dec if self.config.centered else None
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
         f = self.rule.values(kept_pre, kept, step)
-        base = self._base(x, empty)
-        squared, whole, residual = self._errors(base, f, kept, weights)
-        unit = 1.0 / (y.shape[1] * spreads.mean())
+        base = self._base(x, y)
+        squared, whole, residual = self._errors(base, f, kept, step.weights)
         frozen = self.rule.frozen_codes(kept_pre, kept, step)
         loss = (squared + self.rule.penalty(kept_pre, f if frozen is None else frozen, kept, step)) * unit
         if frozen is not None:
             frozen_residual = self.decoder.decode(frozen, kept, frozen=True) + base.detach()
-            loss = loss + _weighted_squares(frozen_residual, weights) * unit
-        aux = loss.new_zeros(len(self))
-        if dead is not None:
-            aux = torch.stack([self._revival(s, x, -residual, weights, for_dead[s], dead[s]) for s in range(len(self))])
-        (loss + aux).sum().backward()
+            loss = loss + _weighted_squares(frozen_residual, step.weights) * unit
+        loss.sum().backward()
         self.rule.observe(f.detach(), kept, step)
-        counts = kept.firings(f.detach())
-        fvu = whole / (y.shape[1] * spreads)
-        return StepReport((loss + aux).detach(), fvu, aux.detach(), counts.sum(1) / y.shape[1], counts > 0)
+        return _Piece(loss.detach(), whole, kept.firings(f.detach()), residual)
 
     @torch.no_grad()
     def pre_activations(self, x: Inputs, dtype: torch.dtype) -> PreActivations:
@@ -173,8 +200,9 @@ class Stack(nn.Module):
         centred = x - self.b_dec[:, None] if self.config.centered else x.expand(len(self), -1, -1)
         return PreActivations(centred, self.encoder, self.b_enc, dtype)
 
-    def _base(self, x: Inputs, empty: Float[Tensor, "S n d_out"]) -> Float[Tensor, "S n d_out"]:
-        """The residual before any latent writes, given b_dec − y."""
+    def _base(self, x: Inputs, y: Targets) -> Float[Tensor, "S n d_out"]:
+        """The residual before any latent writes."""
+        empty = self.b_dec[:, None] - y
         return empty if self.W_skip is None else empty + x @ self.W_skip
 
     def _errors(
@@ -216,11 +244,11 @@ class Stack(nn.Module):
         return self.config.aux_coefficient * latents.aux(pre, self.config.aux_k or max(1, self.d_out // 2))
 
     @torch.no_grad()
-    def _row_weights(self, empty: Float[Tensor, "S n d_out"], spreads: Float[Tensor, " S"]) -> Float[Tensor, "S n"]:
+    def _row_weights(self, y: Targets, spreads: Float[Tensor, " S"]) -> Float[Tensor, "S n"]:
         cap = self.config.outlier_cap
         if cap is None:
-            return empty.new_ones(empty.shape[:2])
-        squared = empty.norm(dim=2).square()
+            return y.new_ones(len(self), y.shape[1])
+        squared = (self.b_dec[:, None] - y).norm(dim=2).square()
         weights: Tensor = (cap**2 * spreads[:, None] / squared).clamp_max(1.0)
         return weights
 
@@ -324,11 +352,11 @@ class Stack(nn.Module):
     def residual(self, x: Inputs, y: Targets) -> Float[Tensor, "S n d_out"]:
         """ŷ − y at the end of the run, for scaled rows that are selected from in fp32."""
         weights = y.new_ones(len(self), y.shape[1])
-        step = Step(1.0, weights, self.norms(), self.b_enc, lambda: self._column_sums(x))
+        step = Step(1.0, weights, self.norms(), self.b_enc, partial(self._column_sums, x))
         kept = self.rule.keep(self.pre_activations(x, torch.float32), step)
         b_dec = self.b_dec if self.config.centered else None
         kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
-        base = self._base(x, self.b_dec[:, None] - y)
+        base = self._base(x, y)
         return self._errors(base, self.rule.values(kept_pre, kept, step), kept, weights)[2]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from microtome.dictionary import activation as used
 from microtome.dictionary.config import GatedConfig
+from microtome.dictionary.fine_tuning import need_thresholds
 from microtome.dictionary.kept import Entries, Kept, fires
 from microtome.dictionary.rules import ReLURule, Step
 
@@ -44,15 +45,31 @@ class GatedRule(ReLURule):
 
     @torch.no_grad()
     def begin_again(
-        self, member: int, latents: Int[Tensor, " c"], sizes: Float[Tensor, " c"], share: float
+        self,
+        member: int,
+        latents: Int[Tensor, " c"],
+        sizes: Float[Tensor, " c"],
+        share: float,
+        b_enc: Float[Tensor, " c"],
     ) -> Float[Tensor, " c"]:
         self.r_mag[member, latents] = 0.0
-        self.b_mag[member, latents] = 0.0
-        return -self.start * sizes
+        self.b_mag[member, latents] = b_enc
+        return b_enc - self.start * sizes
 
     @torch.no_grad()
-    def begin_with(self, member: int, activation: used.Activation, norms: Float[Tensor, " F"]) -> None:
+    def begin_with(
+        self,
+        member: int,
+        activation: used.Activation,
+        norms: Float[Tensor, " F"],
+        encoder: Float[Tensor, "F d_in"],
+        b_enc: Float[Tensor, " F"],
+    ) -> None:
+        """Thresholds become gates, and the codes stay. Raises ConfigError where there are none."""
         if isinstance(activation, used.Gated):
             self.r_mag[member], self.b_mag[member] = activation.r_mag, activation.b_mag
-        else:
-            self.r_mag[member], self.b_mag[member] = 0.0, 0.0
+            return
+        threshold = need_thresholds(activation, encoder, b_enc, self.config.architecture)
+        self.r_mag[member] = 0.0
+        self.b_mag[member] = b_enc
+        b_enc.sub_(threshold)

@@ -15,12 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from microtome.common.errors import ConfigError
 from microtome.dictionary import activation as used
 from microtome.dictionary.config import JumpReLUConfig
+from microtome.dictionary.fine_tuning import need_thresholds
 from microtome.dictionary.kept import Entries, Kept, fires, where_positive
 from microtome.dictionary.rules import ReLURule, Step
 from microtome.dictionary.selection import PreActivations
+
+_LEAST = 0.01  # of the bandwidth: where "tanh" has a gradient for θ
 
 
 class JumpReLURule(ReLURule):
@@ -33,6 +35,7 @@ class JumpReLURule(ReLURule):
         self.starts: Tensor
         self.register_buffer("starts", torch.tensor([config.first_threshold for config in configs]), persistent=False)
         self.threshold = nn.Parameter(self.starts[:, None].repeat(1, configs[0].d_sae))
+        self.least = _LEAST * self.config.bandwidth if self.config.sparsity == "tanh" else 0.0
 
     def keep(self, pre: PreActivations, step: Step) -> Kept:
         return self._kept(pre.whole, (self.threshold - self.config.bandwidth / 2).detach())
@@ -67,7 +70,7 @@ class JumpReLURule(ReLURule):
 
     @torch.no_grad()
     def after_update(self) -> None:
-        self.threshold.clamp_(min=0.0)
+        self.threshold.clamp_(min=self.least)
 
     def activation(self, member: int, norms: Float[Tensor, " F"]) -> used.Activation:
         return used.JumpReLU(self.threshold[member].detach().clone())
@@ -79,27 +82,30 @@ class JumpReLURule(ReLURule):
 
     @torch.no_grad()
     def begin_again(
-        self, member: int, latents: Int[Tensor, " c"], sizes: Float[Tensor, " c"], share: float
+        self,
+        member: int,
+        latents: Int[Tensor, " c"],
+        sizes: Float[Tensor, " c"],
+        share: float,
+        b_enc: Float[Tensor, " c"],
     ) -> Float[Tensor, " c"]:
         self.threshold[member, latents] = self.starts[member] * (
             sizes if self.config.start_threshold is None else share
         )
-        return super().begin_again(member, latents, sizes, share)
+        return b_enc
 
     @torch.no_grad()
-    def begin_with(self, member: int, activation: used.Activation, norms: Float[Tensor, " F"]) -> None:
+    def begin_with(
+        self,
+        member: int,
+        activation: used.Activation,
+        norms: Float[Tensor, " F"],
+        encoder: Float[Tensor, "F d_in"],
+        b_enc: Float[Tensor, " F"],
+    ) -> None:
         """Raises ConfigError for an activation that no thresholds can stand for."""
-        if isinstance(activation, used.JumpReLU):
-            self.threshold[member] = activation.threshold
-        elif isinstance(activation, used.ReLU):
-            self.threshold[member] = 0.0
-        else:
-            raise ConfigError(
-                "The dictionary to fine-tune as JumpReLU has an activation without thresholds",
-                got=activation.name,
-                expected=f"{used.JumpReLU.name} or {used.ReLU.name}",
-                fix="Name another dictionary, or its own architecture",
-            )
+        threshold = need_thresholds(activation, encoder, b_enc, self.config.architecture)
+        self.threshold[member] = torch.where(threshold > 0, threshold, self.least)
 
 
 class JumpReLU(torch.autograd.Function):

@@ -25,7 +25,7 @@ from microtome.dictionary.config import (
 )
 from microtome.dictionary.dictionary import Dictionary, Origin
 from microtome.dictionary.formats import save_dictionary
-from microtome.dictionary.stack import Step
+from microtome.dictionary.rules import Step
 from microtome.dictionary.trainer import TrainConfig, Trainer
 
 D, F, N, K = 16, 48, 512, 6
@@ -162,3 +162,30 @@ def test_a_tied_one_begins_only_with_an_encoder_that_is_the_decoders_transpose(
         return
     with pytest.raises(ConfigError, match="not the transpose of its decoder"):
         begun(config, start, tmp_path)
+
+
+@pytest.mark.parametrize("sparsity", ["step", "tanh", "quadratic"])
+def test_thresholds_of_what_was_relu_are_learnt(sparsity: Any, tmp_path: Path) -> None:
+    """The codes are those of ReLU (with "tanh" less the very small), and every threshold can go up."""
+    target = {"target_l0": 4.0} if sparsity == "quadratic" else {}
+    config = JumpReLUConfig(
+        d_sae=F, sparsity=sparsity, coefficient=3.0, coefficient_warmup=0.0, bandwidth=0.5, **target
+    )
+    start, where = start_with(ReLU()), tmp_path / "start"
+    where.mkdir()
+    save_dictionary(start, where)
+    source = ArraySource(DATA, hook_names=("a",), widths=(D,), model_name="toy")
+    run = TrainConfig(n_tokens=N * 30, batch_size=N, lr=1e-3, warmup_steps=0)
+    trainer = Trainer([replace(config, fine_tune=str(where))], source, tmp_path / "tuned", run)
+    batches = trainer.begin()
+    group = trainer.groups[0]
+    threshold = group.stack.rule.get_parameter("threshold")
+    least = 0.005 if sparsity == "tanh" else 0.0
+    assert threshold.tolist() == [[pytest.approx(least)] * F]
+    exported = group.export(0, trainer.scales, {"model_name": "toy"})
+    codes = plain(start)[1]
+    expected = codes * (codes > least / float(trainer.scales[0]))
+    torch.testing.assert_close(exported(DATA), expected @ start.W_dec + start.b_dec, rtol=1e-3, atol=1e-3)
+    for _ in range(20):
+        trainer.train_step(next(batches))
+    assert float(threshold.detach().min()) > 0.02

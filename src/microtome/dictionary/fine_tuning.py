@@ -14,7 +14,8 @@ ReLU could fire for the same latents alone if their biases were lower by θ, but
 model's layer 15 (d_sae 1,152, held-out text without sinks), a BatchTopK dictionary with L0 50 and FVU 0.289 begins so with
 FVU 0.422, and with biases as they are with L0 169 and FVU 0.241; the penalty then takes out what is not worth its price.
 
-With JumpReLU's sparsity "tanh" a threshold of zero has no gradient: `jumprelu.py` says where it begins instead.
+With JumpReLU's sparsity "tanh" a threshold of zero has no gradient, so there it begins at 0.01 of the bandwidth, and codes
+below that are left out.
 """
 
 import copy

@@ -3,7 +3,9 @@
     ∂f/∂z = 1[z > θ]      ∂f/∂θ = −(θ/ε) K((z − θ)/ε)      ∂1[z > θ]/∂θ = −(1/ε) K((z − θ)/ε)      K = 1[|u| < ½]
 
 θ itself is the parameter, in fp32: Adam moves log θ too little, and bf16 does not move at all. With the sparsity
-"tanh" the gradient reaches all parameters (Anthropic, January 2025), which is why it has no estimator of its own.
+"tanh" the gradient reaches all parameters (Anthropic, January 2025), which is why it has no estimator of its own. The
+only gradient of θ then has θ for a factor, so that one that came to zero would stay there: with "tanh" thresholds are at
+least a hundredth of the bandwidth. Adam, which asks for the sign alone, takes them from there to where they belong.
 Both operations keep z and θ alone for their gradients: z is there in any case, and z − θ is quickly made again.
 Only entries above θ − ε/2 have a gradient, so only those are kept; the penalty on all others (`revive_coefficient`)
 is a sum over whole columns, less the kept ones.
@@ -22,7 +24,7 @@ from microtome.dictionary.kept import Entries, Kept, fires, where_positive
 from microtome.dictionary.rules import ReLURule, Step
 from microtome.dictionary.selection import PreActivations
 
-_LEAST = 0.01  # of the bandwidth: where "tanh" has a gradient for θ
+_LEAST = 0.01  # of the bandwidth
 
 
 class JumpReLURule(ReLURule):
@@ -103,7 +105,8 @@ class JumpReLURule(ReLURule):
         encoder: Float[Tensor, "F d_in"],
         b_enc: Float[Tensor, " F"],
     ) -> None:
-        """Raises ConfigError for an activation that no thresholds can stand for."""
+        """Thresholds of zero (those of what was ReLU) stay, and the codes with them; with "tanh" they begin at the least
+        that it has. Raises ConfigError for an activation that no thresholds can stand for."""
         threshold = need_thresholds(activation, encoder, b_enc, self.config.architecture)
         self.threshold[member] = torch.where(threshold > 0, threshold, self.least)
 

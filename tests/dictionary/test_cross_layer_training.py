@@ -99,7 +99,7 @@ def plain_penalty(stack: Stack, layer: int, pre: Tensor, f: Tensor, norms: Tenso
         spread = (w * (config.tanh_scale * f * norms).tanh()).sum()
         return config.coefficient * spread + config.revive_coefficient * revive.sum()
     if isinstance(config, GatedConfig):
-        return config.coefficient * (w * pre.relu() * norms).sum()
+        return config.coefficient * (w * pre.relu() * norms.detach()).sum()
     return config.coefficient * (w * f * norms).sum() if isinstance(config, ReLUConfig) else f.new_zeros(())
 
 

@@ -167,7 +167,7 @@ def test_a_tied_one_begins_only_with_an_encoder_that_is_the_decoders_transpose(
 @pytest.mark.parametrize("sparsity", ["step", "tanh", "quadratic"])
 def test_thresholds_of_what_was_relu_are_learnt(sparsity: Any, tmp_path: Path) -> None:
     """The codes are those of ReLU (with "tanh" less the very small), and every threshold can go up."""
-    target = {"target_l0": 4.0} if sparsity == "quadratic" else {}
+    target: dict[str, Any] = {"target_l0": 4.0} if sparsity == "quadratic" else {}
     config = JumpReLUConfig(
         d_sae=F, sparsity=sparsity, coefficient=3.0, coefficient_warmup=0.0, bandwidth=0.5, **target
     )

@@ -3,9 +3,12 @@
     π = (x − b_dec) W_enc + b_gate       f = 1[π > 0] ⊙ ReLU(e^r ⊙ (π − b_gate) + b_mag)
     L = ‖x − x̂‖² + λ Σ ReLU(π) ‖W_dec,i‖ + ‖x − x̂_frozen(ReLU(π))‖²
 
-The step function passes no gradient, so the gate learns from the last two terms; in the last one the decoder is a
-constant. The dictionary's b_enc is b_gate.
+The step function passes no gradient, so the gate learns from the last two terms; in both the decoder is a constant.
+(In the paper its rows have unit norm. Where norms are free, the penalty would shrink the rows, and the frozen
+reconstruction could not hold them: π then costs little, and gates stay open.) The dictionary's b_enc is b_gate.
 """
+
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +34,9 @@ class GatedRule(ReLURule):
         scale = self.r_mag.exp()
         magnitude = pre * kept.latent(scale) + kept.latent(self.b_mag - scale * step.b_enc)
         return magnitude.relu() * fires(pre)
+
+    def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+        return super().penalty(pre, f, kept, replace(step, norms=step.norms.detach()))
 
     def frozen_codes(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         return pre.relu()

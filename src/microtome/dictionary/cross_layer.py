@@ -135,7 +135,7 @@ class CrossLayerTranscoder(nn.Module):
             weight = self.W_dec[layer].flatten(1)
             values = codes.values[rows, places]
             written = functional.embedding_bag(latents, weight, starts, per_sample_weights=values, mode="sum")
-            total = total + functional.pad(written, (layer * self.d_model, 0))
+            total[:, layer * self.d_model :] += written
         if self.W_skip is None:
             return total
         inputs = self._needed(x).unflatten(1, (self.n_layers, self.d_model))

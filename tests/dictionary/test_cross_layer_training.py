@@ -358,6 +358,27 @@ def test_fine_tuning_of_what_does_not_fit_is_refused(change: dict[str, Any], mes
         (train_cross_layer if config.cross_layer else train)(config, source(data), out=tmp_path / "b", config=run)
 
 
+@pytest.mark.parametrize("kind", [JumpReLUConfig, GatedConfig], ids=["jumprelu", "gated"])
+def test_topk_begins_with_a_threshold_for_each_layer_that_gives_its_l0(
+    kind: type[DictionaryConfig], tmp_path: Path
+) -> None:
+    data, _ = synthetic(1024)
+    data = data + 0.05 * torch.randn(data.shape, generator=torch.Generator().manual_seed(7))  # no two rows are alike
+    run = TrainConfig(n_tokens=2560, batch_size=256, lr=5e-3)
+    [saved] = train_cross_layer(ARCHITECTURE, source(data), out=tmp_path / "first", config=run)
+    settings: dict[str, Any] = {"d_sae": 12, "inputs": INPUTS, "outputs": OUTPUTS, "cross_layer": True}
+    again = Trainer([kind(**settings, fine_tune=str(tmp_path / "first"))], source(data), tmp_path / "b", run)
+    again.begin()
+    begun = again.groups[0].export(0, again.scales, {"model_name": "toy"})
+    x = data[:, : L * WIDTH]
+    found, before = (each.encode(x).to_dense().view(-1, L, 12) for each in (begun, saved))
+    counts = [(codes > 0).float().sum(2).mean(0) for codes in (found, before)]
+    torch.testing.assert_close(*counts, rtol=0.05, atol=0.05)
+    both = (found > 0) & (before > 0)
+    assert float(both.sum() / (before > 0).sum()) > 0.7
+    torch.testing.assert_close(found[both], before[both], rtol=1e-3, atol=1e-3)
+
+
 def test_fine_tuning_from_a_dictionary_of_one_layer_is_refused(tmp_path: Path) -> None:
     data, _ = synthetic(512)
     run = TrainConfig(n_tokens=256, batch_size=256)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from microtome.activations import ActivationStore, HarvestConfig, harvest
+from microtome.activations.harvest import _sequences_per_shard
 from microtome.common.artifacts import read_json, write_json
 from microtome.common.device import DTypeName
 from microtome.common.errors import ArtifactError, ConfigError, InputError, ModelError
@@ -66,6 +67,27 @@ def test_a_value_that_fp16_cannot_hold_is_an_error(
         harvest(
             tiny_llama, tiny_dataset, "blocks.0.hook_resid_post", tmp_path / "s", config=HarvestConfig(dtype="fp16")
         )
+
+
+@pytest.mark.parametrize(("width", "sequences"), [(576, 1024), (60 * 576, 121), (10**7, 32)])
+def test_a_shard_is_of_at_most_a_gib_or_one_batch(width: int, sequences: int) -> None:
+    """Of 128 tokens in bf16: the 131,072 tokens asked for; 2^30 // (60 · 576 · 2 · 128); 4,096 tokens."""
+    assert _sequences_per_shard(HarvestConfig(), 128, width) == sequences
+
+
+def test_a_shard_of_another_size_that_a_stopped_harvest_left_is_made_again(
+    store: ActivationStore, tiny_llama: HookedModel, tiny_dataset: TokenDataset, tmp_path: Path
+) -> None:
+    """As one from a version that cut them otherwise would be."""
+    partial = tmp_path / "other.partial"
+    partial.mkdir()
+    write_json(partial / "config.json", read_json(store.path / "config.json"))
+    first = read_json(store.path / "manifest.json")["shards"][0]
+    (partial / first["file"]).write_bytes((store.path / first["file"]).read_bytes())
+    write_json(partial / "shard-00000.json", {**first, "stop": first["stop"] + 3})
+    again = harvest(tiny_llama, tiny_dataset, NAMES, tmp_path / "other", config=CONFIG)
+    assert [(each.start, each.stop) for each in again.shards] == [(each.start, each.stop) for each in store.shards]
+    assert torch.equal(again.read(NAMES[0], 0, 9), store.read(NAMES[0], 0, 9))
 
 
 HARVEST = """

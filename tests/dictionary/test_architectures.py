@@ -117,7 +117,7 @@ def twin_penalty(stack: Stack, pre: Pre, f: Pre, norms: Float[Tensor, " f"], w: 
         assert config.target_l0 is not None
         return config.coefficient * w.sum() * (fires / w.sum() / config.target_l0 - 1) ** 2
     if isinstance(config, GatedConfig):
-        return config.coefficient * (w * pre.relu() * norms).sum()
+        return config.coefficient * (w * pre.relu() * norms.detach()).sum()
     if isinstance(config, PAnnealConfig):
         return config.coefficient * (w * power_mean(f * norms, 1.0)).sum()
     return config.coefficient * (w * f * norms).sum() if isinstance(config, PenaltyConfig) else f.new_zeros(())

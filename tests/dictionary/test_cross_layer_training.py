@@ -49,6 +49,8 @@ CONFIGS: dict[str, DictionaryConfig] = {
     "matryoshka": MatryoshkaConfig(**COMMON, k=K, prefixes=(0.25, 1.0)),
     "relu-unit": ReLUConfig(**COMMON, **LAMBDA, norms="unit"),
     "topk-unit": TopKConfig(**COMMON, k=K, norms="unit"),
+    "topk-skip": TopKConfig(**COMMON, k=K, skip=True),
+    "gated-skip": GatedConfig(**COMMON, **LAMBDA, skip=True),
 }
 
 
@@ -97,15 +99,17 @@ def plain_penalty(stack: Stack, layer: int, pre: Tensor, f: Tensor, norms: Tenso
         spread = (w * (config.tanh_scale * f * norms).tanh()).sum()
         return config.coefficient * spread + config.revive_coefficient * revive.sum()
     if isinstance(config, GatedConfig):
-        return config.coefficient * (w * pre.relu() * norms).sum()
+        return config.coefficient * (w * pre.relu() * norms.detach()).sum()
     return config.coefficient * (w * f * norms).sum() if isinstance(config, ReLUConfig) else f.new_zeros(())
 
 
-def written(stack: Stack, codes: list[Tensor], *, frozen: bool = False) -> list[Tensor]:
-    """y_l = Σ_{l' ≤ l} f^{l'} W_dec^{l' → l} + b_dec^l, layer by layer."""
+def written(stack: Stack, x: Tensor, codes: list[Tensor], *, frozen: bool = False) -> list[Tensor]:
+    """y_l = Σ_{l' ≤ l} f^{l'} W_dec^{l' → l} + b_dec^l (+ x^l W_skip^l), layer by layer."""
     out = []
     for target in range(L):
         total = stack.b_dec[target]
+        if stack.W_skip is not None:
+            total = total + x[target] @ stack.W_skip[target]
         total = total.detach() if frozen else total
         for source in range(target + 1):
             block = stack.decoder.rows(source)[:, (target - source) * D : (target - source + 1) * D]
@@ -126,12 +130,12 @@ def plain_loss(stack: Stack, x: Tensor, y: Tensor, dead: Tensor | None) -> Tenso
     loss = x.new_zeros(())
     for end in ends:
         prefix = [each * (torch.arange(F) < end) for each in f]
-        out = written(stack, prefix)
+        out = written(stack, x, prefix)
         loss = loss + sum((w[i][:, None] * (y[i] - out[i]) ** 2).sum() for i in range(L)) / len(ends)
     for i in range(L):
         loss = loss + plain_penalty(stack, i, pre[i], f[i], norms[i], w[i][:, None])
     if isinstance(config, GatedConfig):
-        frozen = written(stack, [each.relu() for each in pre], frozen=True)
+        frozen = written(stack, x, [each.relu() for each in pre], frozen=True)
         loss = loss + sum((w[i][:, None] * (y[i] - frozen[i]) ** 2).sum() for i in range(L))
     loss = loss / (N * VARIANCE.mean())
     for i in range(L if dead is not None else 0):
@@ -169,7 +173,7 @@ def test_the_fvu_is_that_of_each_layer_in_its_own_variance() -> None:
     stack, x, y = make(CONFIGS["topk"]), rows(1), rows(2)
     stack.config = replace(stack.config, outlier_cap=None)
     pre = [x[i] @ stack.encoder[i].T + stack.b_enc[i] for i in range(L)]
-    out = written(stack, [plain_codes(stack, i, pre[i], stack.decoder.norms()[i]) for i in range(L)])
+    out = written(stack, x, [plain_codes(stack, i, pre[i], stack.decoder.norms()[i]) for i in range(L)])
     expected = torch.stack([(y[i] - out[i]).detach().square().sum(1).mean() / VARIANCE[i] for i in range(L)])
     torch.testing.assert_close(stack.step(x, y, variance=VARIANCE).fvu, expected)
 
@@ -354,6 +358,27 @@ def test_fine_tuning_of_what_does_not_fit_is_refused(change: dict[str, Any], mes
         (train_cross_layer if config.cross_layer else train)(config, source(data), out=tmp_path / "b", config=run)
 
 
+@pytest.mark.parametrize("kind", [JumpReLUConfig, GatedConfig], ids=["jumprelu", "gated"])
+def test_topk_begins_with_a_threshold_for_each_layer_that_gives_its_l0(
+    kind: type[DictionaryConfig], tmp_path: Path
+) -> None:
+    data, _ = synthetic(1024)
+    data = data + 0.05 * torch.randn(data.shape, generator=torch.Generator().manual_seed(7))  # no two rows are alike
+    run = TrainConfig(n_tokens=2560, batch_size=256, lr=5e-3)
+    [saved] = train_cross_layer(ARCHITECTURE, source(data), out=tmp_path / "first", config=run)
+    settings: dict[str, Any] = {"d_sae": 12, "inputs": INPUTS, "outputs": OUTPUTS, "cross_layer": True}
+    again = Trainer([kind(**settings, fine_tune=str(tmp_path / "first"))], source(data), tmp_path / "b", run)
+    again.begin()
+    begun = again.groups[0].export(0, again.scales, {"model_name": "toy"})
+    x = data[:, : L * WIDTH]
+    found, before = (each.encode(x).to_dense().view(-1, L, 12) for each in (begun, saved))
+    counts = [(codes > 0).float().sum(2).mean(0) for codes in (found, before)]
+    torch.testing.assert_close(*counts, rtol=0.05, atol=0.05)
+    both = (found > 0) & (before > 0)
+    assert float(both.sum() / (before > 0).sum()) > 0.7
+    torch.testing.assert_close(found[both], before[both], rtol=1e-3, atol=1e-3)
+
+
 def test_fine_tuning_from_a_dictionary_of_one_layer_is_refused(tmp_path: Path) -> None:
     data, _ = synthetic(512)
     run = TrainConfig(n_tokens=256, batch_size=256)
@@ -364,20 +389,22 @@ def test_fine_tuning_from_a_dictionary_of_one_layer_is_refused(tmp_path: Path) -
         train_cross_layer(config, source(data), out=tmp_path / "b", config=run)
 
 
-def test_fine_tuning_of_one_with_a_skip_path_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("skip", [True, False], ids=["skip", "plain"])
+def test_fine_tuning_begins_with_a_skip_path_where_there_is_one(skip: bool, tmp_path: Path) -> None:
     data, _ = synthetic(512)
     origin = Origin(model_name="toy", inputs=INPUTS, outputs=OUTPUTS)
-    released = CrossLayerTranscoder(WIDTH, 12, JumpReLUActivation(torch.ones(12 * L)), origin=origin, skip=True)
+    released = CrossLayerTranscoder(WIDTH, 12, JumpReLUActivation(torch.ones(12 * L)), origin=origin, skip=skip)
     (tmp_path / "released").mkdir()
     save_dictionary(released, tmp_path / "released")
-    config = replace(ARCHITECTURE, fine_tune=str(tmp_path / "released"))
-    with pytest.raises(ConfigError, match="with a skip path cannot be fine-tuned"):
+    config = replace(ARCHITECTURE, fine_tune=str(tmp_path / "released"), skip=not skip)
+    with pytest.raises(ConfigError, match=rf"one alone has a skip path.*Say skip={skip}"):
         train_cross_layer(config, source(data), out=tmp_path / "b", config=TrainConfig(n_tokens=256, batch_size=256))
 
 
-def test_a_stopped_training_resumes_to_the_same_weights_and_is_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+def test_a_stopped_training_resumes_to_the_same_weights_and_is_opened(skip: bool, tmp_path: Path) -> None:
     data, _ = synthetic(1024)
-    config = replace(ARCHITECTURE, revival="resample", resample_every=10, dead_after=512)
+    config = replace(ARCHITECTURE, revival="resample", resample_every=10, dead_after=512, skip=skip)
     run = TrainConfig(n_tokens=64 * 40, batch_size=64, lr=5e-3, checkpoint_every=16, log_every=8)
     [whole] = train_cross_layer(config, source(data), out=tmp_path / "whole", config=run)
     stopped = Trainer([config], source(data), tmp_path / "stopped", run)
@@ -395,6 +422,7 @@ def test_a_stopped_training_resumes_to_the_same_weights_and_is_opened(tmp_path: 
     opened = load_cross_layer_transcoder(tmp_path / "whole")
     assert isinstance(opened, CrossLayerTranscoder)
     assert (opened.fingerprint, opened.k, opened.origin.outputs) == (whole.fingerprint, 3 * L, OUTPUTS)
+    assert (opened.W_skip is not None and bool((opened.W_skip != 0).any())) == skip
 
 
 def test_several_are_trained_on_one_stream(tmp_path: Path) -> None:
@@ -423,17 +451,27 @@ def test_what_a_cross_layer_transcoder_cannot_be(change: dict[str, Any], message
         train_cross_layer(replace(ARCHITECTURE, **change), source(data), out=tmp_path / "clt", config=RUN)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"skip": True}, r"no skip path\. Got: skip=True\. Expected: skip=False\. Leave out skip"),
-        ({"tied": True}, r"Only an autoencoder can be tied\. Got: cross_layer=True\. Leave out tied"),
-    ],
-    ids=["skip", "tied"],
-)
-def test_what_its_config_refuses(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        replace(ARCHITECTURE, **change)
+def test_it_cannot_be_tied() -> None:
+    with pytest.raises(ConfigError, match=r"Only an autoencoder can be tied\. Got: cross_layer=True\. Leave out tied"):
+        replace(ARCHITECTURE, tied=True)
+
+
+def test_a_skip_path_takes_what_is_linear_of_each_layers_own_input(tmp_path: Path) -> None:
+    """y = x A: the one with a skip path learns it, and the one without has too few latents for it."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(L, 4096, WIDTH, generator=generator)
+    y = x @ torch.randn(L, WIDTH, WIDTH, generator=generator)
+    data, fvu = torch.cat([*x, *y], 1), []
+    run = TrainConfig(n_tokens=60_000, batch_size=256, lr=1e-2, warmup_steps=5)
+    for skip in (False, True):
+        config = replace(ARCHITECTURE, skip=skip)
+        [made] = train_cross_layer(config, source(data), out=tmp_path / str(skip), config=run)
+        target = data[:, L * WIDTH :]
+        fvu.append(
+            float((made(data[:, : L * WIDTH]) - target).square().sum() / (target - target.mean(0)).square().sum())
+        )
+    assert fvu[1] < 0.03, fvu
+    assert fvu[0] > 0.15, fvu
 
 
 def test_layers_of_unequal_widths_and_layers_that_are_constant_are_refused(tmp_path: Path) -> None:

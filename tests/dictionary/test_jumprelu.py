@@ -145,5 +145,5 @@ def test_fine_tuning_as_jumprelu_needs_thresholds() -> None:
     config = JumpReLUConfig(d_sae=F)
     stack = Stack([config], make_rule([config]), D, D)
     start = Dictionary(D, F, TopK(4), origin=Origin(model_name="toy", inputs=("a",)))
-    with pytest.raises(ConfigError, match=r"without thresholds\. Got: topk\. Expected: jumprelu or relu"):
+    with pytest.raises(ConfigError, match=r"without thresholds\. Got: topk\. Expected: relu, jumprelu or gated"):
         stack.begin_with(0, start, torch.ones(D), torch.ones(D))

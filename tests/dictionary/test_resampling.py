@@ -18,6 +18,7 @@ from microtome.dictionary.config import (
     ReLUConfig,
     TopKConfig,
 )
+from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.resampling import resample
 from microtome.dictionary.stack import DataStatistics, Stack
 
@@ -89,3 +90,27 @@ def test_resampled_latents_begin_as_rare_as_others_did(kind: type[DictionaryConf
     fresh = torch.randn(1, 8192, D, generator=torch.Generator().manual_seed(2))
     l0 = float(stack.step(fresh, fresh, variance=float(D)).l0[0])
     assert l0 / int(dead.sum()) == pytest.approx(0.0228, rel=0.1)
+
+
+@pytest.mark.parametrize("settings", [{"center": False}, {"outputs": ("b",)}], ids=["uncentred", "transcoder"])
+@pytest.mark.parametrize("kind", [GatedConfig, JumpReLUConfig, ReLUConfig], ids=["gated", "jumprelu", "relu"])
+def test_where_the_input_is_not_centred_they_begin_as_rare(
+    kind: type[DictionaryConfig], settings: dict[str, Any]
+) -> None:
+    """However far from the origin the rows are: their middle has pre-activations of zero, less the start."""
+    stack, dead = make(kind(**SIZES, inputs=("a",), **settings)), torch.arange(F) % 2 == 0
+    mean = 3 * torch.randn(D, generator=torch.Generator().manual_seed(4))
+    x = rows(8192) + mean
+    optimiser = torch.optim.Adam(stack.parameters(), lr=1e-4)
+    resample(stack, optimiser, 0, dead, x[0], x[0], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stack.b_enc[0, ~dead] = -100.0
+    fresh = mean + torch.randn(1, 8192, D, generator=torch.Generator().manual_seed(2))
+    l0 = float(stack.step(fresh, fresh, variance=float(D)).l0[0])
+    assert l0 / int(dead.sum()) == pytest.approx(0.5 if kind is ReLUConfig else 0.0228, rel=0.1)
+    if kind is GatedConfig:  # and the magnitudes are what lies along the encoder rows
+        origin = Origin(model_name="toy", inputs=("a",), outputs=("b",))
+        exported, codes = stack.export(0, origin), stack.export(0, origin).encode(fresh[0]).to_dense()
+        along = (fresh[0] - mean) @ exported.encoder.T
+        fired = codes > 0
+        torch.testing.assert_close(codes[fired], along[fired], rtol=0.1, atol=0.1)

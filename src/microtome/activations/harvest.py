@@ -23,11 +23,14 @@ from microtome.common.progress import progress
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
 
+_SHARD_BYTES = 1 << 30
+
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestConfig:
     """How to harvest: the dtype on disk, tokens per forward pass and tokens per shard (both rounded to whole
-    sequences)."""
+    sequences). A shard is in memory until it is written, so one of many hook points has fewer tokens: it is of at most a
+    GiB, or one batch."""
 
     dtype: DTypeName = "bf16"
     batch_tokens: int = 4096
@@ -64,7 +67,7 @@ def harvest(
     if out.exists() and not overwrite:
         return _open_same(out, settings)
     made = draft(out, KIND, settings, overwrite=overwrite, resume=True)
-    per_shard = max(1, config.shard_tokens // dataset.context)
+    per_shard = _sequences_per_shard(config, dataset.context, sum(settings["hook_points"].values()))
     shards = []
     with progress(dataset.n_tokens, f"harvest {model.name}", "tokens") as bar:
         for number, start in enumerate(range(0, dataset.n_sequences, per_shard)):
@@ -78,6 +81,13 @@ def harvest(
         _receipt(made.folder, number).unlink()
     made.publish(overwrite=overwrite, dataset=str(dataset.path))
     return ActivationStore.open(out)
+
+
+def _sequences_per_shard(config: HarvestConfig, context: int, width: int) -> int:
+    """How many sequences are in a shard, given how wide all hook points are together."""
+    row = width * parse_dtype(config.dtype).itemsize
+    tokens = min(config.shard_tokens, max(config.batch_tokens, _SHARD_BYTES // row))
+    return max(1, tokens // context)
 
 
 def _settings(
@@ -131,7 +141,9 @@ def _shard(
     """The shard's row of the manifest; the shard is made unless an earlier run left it complete, with its receipt."""
     receipt = _receipt(made.folder, number)
     if receipt.exists():
-        return Shard(**read_json(receipt))
+        there = Shard(**read_json(receipt))
+        if (there.start, there.stop) == (start, start + part.n_sequences):
+            return there
     file = made.folder / f"shard-{number:05d}.safetensors"
     tensors = _activations(model, part, names, config)
     with atomic_file(file) as temporary:
@@ -154,7 +166,7 @@ def _activations(model: HookedModel, part: TokenDataset, names: list[str], confi
         cache = model.activations(tokens, names, dtype=dtype, device="cpu")
         for name in names:
             pieces[name].append(cache[name].flatten(2))
-    tensors = {name: torch.cat(parts) for name, parts in pieces.items()}
+    tensors = {name: torch.cat(pieces.pop(name)) for name in names}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(

@@ -15,7 +15,7 @@ numbers so that `c · pre` gives `c · f`, which is what folds input scales and 
 
 import copy
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,15 @@ from torch import Tensor, nn
 from microtome.common.config import require
 from microtome.dictionary.codes import SparseCodes
 from microtome.dictionary.selection import top_k
+
+
+class Thresholds(NamedTuple):
+    """f = z · 1[z > threshold] with z = scale · (pre − old bias) + bias: how an activation is written as JumpReLU, for a
+    dictionary whose encoder rows grow by `scale` and whose b_enc becomes `bias`."""
+
+    scale: Float[Tensor, " d_sae"]
+    bias: Float[Tensor, " d_sae"]
+    threshold: Float[Tensor, " d_sae"]
 
 
 class Activation(nn.Module, ABC):
@@ -37,6 +46,10 @@ class Activation(nn.Module, ABC):
 
     def check(self, d_sae: int) -> None:
         """Raise ConfigError where the activation cannot serve so many latents."""
+
+    def as_thresholds(self, bias: Float[Tensor, " d_sae"]) -> "Thresholds | None":
+        """The same codes as those of a JumpReLU, or None where no thresholds say which latents fire."""
+        return None
 
     def scale_(self, c: Float[Tensor, "..."]) -> None:
         """Fit the module's numbers to pre-activations that are `c` times as large: a factor for all latents, or one for
@@ -57,6 +70,10 @@ class ReLU(Activation):
 
     def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
         return SparseCodes.of_dense(pre.relu())
+
+    def as_thresholds(self, bias: Float[Tensor, " d_sae"]) -> Thresholds:
+        """Zero."""
+        return Thresholds(torch.ones_like(bias), bias, torch.zeros_like(bias))
 
 
 class TopK(Activation):
@@ -135,6 +152,10 @@ class JumpReLU(Activation):
     def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
         return SparseCodes.of_dense(pre * ((pre > self.threshold) & (pre > 0)))
 
+    def as_thresholds(self, bias: Float[Tensor, " d_sae"]) -> Thresholds:
+        """Its own, where they are positive."""
+        return Thresholds(torch.ones_like(bias), bias, self.threshold.clamp_min(0))
+
     def scale_(self, c: Float[Tensor, "..."]) -> None:
         self.threshold.mul_(c)
 
@@ -151,6 +172,11 @@ class Gated(Activation):
     def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
         magnitude = (self.r_mag.exp() * (pre - bias) + self.b_mag).relu()
         return SparseCodes.of_dense(magnitude * (pre > 0))
+
+    def as_thresholds(self, bias: Float[Tensor, " d_sae"]) -> Thresholds:
+        """The magnitude where the gate opens, as gate and magnitude are one product (2404.16014, §3.2)."""
+        scale = self.r_mag.exp()
+        return Thresholds(scale, self.b_mag, (self.b_mag - scale * bias).clamp_min(0))
 
     def scale_(self, c: Float[Tensor, "..."]) -> None:
         self.b_mag.mul_(c)

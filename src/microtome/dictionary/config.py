@@ -100,13 +100,6 @@ class DictionaryConfig:
             got=f"encoder_start {self.encoder_start!r}",
             fix="Leave out encoder_start",
         )
-        require(
-            not (self.skip and self.cross_layer),
-            "A cross-layer transcoder has no skip path",
-            got="skip=True",
-            expected="skip=False",
-            fix="Leave out skip, or train transcoders with skip paths, one for each layer (--per-layer, per_layer)",
-        )
 
     @property
     def is_transcoder(self) -> bool:

@@ -4,7 +4,7 @@
 
 (Ameisen et al. 2025, "Circuit Tracing", transformer-circuits.pub/2025/attribution-graphs/methods.html.) x and y are the
 activations of all L points one behind the other; latent i of layer l has the number l · width + i. W_skip is a linear path
-beside the latents, which some released ones have (as circuit-tracer saves them); those trained here have none.
+beside the latents, from each layer's input to its own output, which some have (circuit-tracer saves such ones).
 """
 
 import hashlib
@@ -135,7 +135,7 @@ class CrossLayerTranscoder(nn.Module):
             weight = self.W_dec[layer].flatten(1)
             values = codes.values[rows, places]
             written = functional.embedding_bag(latents, weight, starts, per_sample_weights=values, mode="sum")
-            total = total + functional.pad(written, (layer * self.d_model, 0))
+            total[:, layer * self.d_model :] += written
         if self.W_skip is None:
             return total
         inputs = self._needed(x).unflatten(1, (self.n_layers, self.d_model))

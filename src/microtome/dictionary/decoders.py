@@ -6,6 +6,7 @@ all later ones, one behind the other. The norm of a latent is that of its row ov
 several points of a crosscoder it is the sum of the points' norms (Lindsey et al. 2024, "Sparse Crosscoders").
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -128,8 +129,7 @@ class CrossLayerDecoder(Decoder):
     def decode(self, values: Entries, kept: Kept, *, frozen: bool = False) -> Float[Tensor, "S n d_out"]:
         n = kept.shape[1]
         outputs: list[Tensor] = []
-        for layer in range(self.layers):
-            part, mine = _of_member(values, kept, layer)
+        for layer, (part, mine) in enumerate(_by_member(values, kept)):
             rows = self.rows(layer).detach() if frozen else self.rows(layer)
             written = mine.decode(part, rows[None])[0].view(n, self.layers - layer, self.d_out).unbind(1)
             for later, piece in enumerate(written):
@@ -171,14 +171,22 @@ def _take_out_growth(rows: Tensor, *, unit: bool) -> None:
         rows.grad.addcmul_(along[..., None], rows, value=-1)
 
 
-def _of_member(values: Entries, kept: Kept, member: int) -> tuple[Entries, Kept]:
-    """The entries of one member, as a stack of one."""
-    _, n, d_sae = kept.shape
+def _by_member(values: Entries, kept: Kept) -> list[tuple[Entries, Kept]]:
+    """The entries of each member, as stacks of one. They are split all at once: the gradient of a piece taken out alone is
+    of the size of the whole."""
+    members, n, d_sae = kept.shape
     if isinstance(kept, DenseKept):
-        mask = None if kept.mask is None else kept.mask[member : member + 1]
-        return values[member : member + 1], DenseKept(kept.pre[member : member + 1], mask)
+        masks = [None] * members if kept.mask is None else kept.mask.split(1)
+        made = [DenseKept(pre, mask) for pre, mask in zip(kept.pre.split(1), masks, strict=True)]
+        return list(zip(values.split(1), made, strict=True))
     assert isinstance(kept, SparseKept)
-    starts = kept.starts[member * n : (member + 1) * n + 1]
-    first, last = int(starts[0]), int(starts[-1])
-    latents = kept.latents[first:last] - member * d_sae
-    return values[first:last], SparseKept(latents, starts - first, (1, n, d_sae))
+    ends = kept.starts[::n].tolist()
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
+    pieces = zip(values.split(lengths), kept.latents.split(lengths), ends, strict=False)
+    return [
+        (
+            piece,
+            SparseKept(latents - member * d_sae, kept.starts[member * n : (member + 1) * n + 1] - first, (1, n, d_sae)),
+        )
+        for member, (piece, latents, first) in enumerate(pieces)
+    ]

@@ -3,9 +3,12 @@
     π = (x − b_dec) W_enc + b_gate       f = 1[π > 0] ⊙ ReLU(e^r ⊙ (π − b_gate) + b_mag)
     L = ‖x − x̂‖² + λ Σ ReLU(π) ‖W_dec,i‖ + ‖x − x̂_frozen(ReLU(π))‖²
 
-The step function passes no gradient, so the gate learns from the last two terms; in the last one the decoder is a
-constant. The dictionary's b_enc is b_gate.
+The step function passes no gradient, so the gate learns from the last two terms; in both the decoder is a constant.
+(In the paper its rows have unit norm. Where norms are free, the penalty would shrink the rows, and the frozen
+reconstruction could not hold them: π then costs little, and gates stay open.) The dictionary's b_enc is b_gate.
 """
+
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from microtome.dictionary import activation as used
 from microtome.dictionary.config import GatedConfig
+from microtome.dictionary.fine_tuning import need_thresholds
 from microtome.dictionary.kept import Entries, Kept, fires
 from microtome.dictionary.rules import ReLURule, Step
 
@@ -31,6 +35,9 @@ class GatedRule(ReLURule):
         magnitude = pre * kept.latent(scale) + kept.latent(self.b_mag - scale * step.b_enc)
         return magnitude.relu() * fires(pre)
 
+    def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
+        return super().penalty(pre, f, kept, replace(step, norms=step.norms.detach()))
+
     def frozen_codes(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         return pre.relu()
 
@@ -44,15 +51,31 @@ class GatedRule(ReLURule):
 
     @torch.no_grad()
     def begin_again(
-        self, member: int, latents: Int[Tensor, " c"], sizes: Float[Tensor, " c"], share: float
+        self,
+        member: int,
+        latents: Int[Tensor, " c"],
+        sizes: Float[Tensor, " c"],
+        share: float,
+        b_enc: Float[Tensor, " c"],
     ) -> Float[Tensor, " c"]:
         self.r_mag[member, latents] = 0.0
-        self.b_mag[member, latents] = 0.0
-        return -self.start * sizes
+        self.b_mag[member, latents] = b_enc
+        return b_enc - self.start * sizes
 
     @torch.no_grad()
-    def begin_with(self, member: int, activation: used.Activation, norms: Float[Tensor, " F"]) -> None:
+    def begin_with(
+        self,
+        member: int,
+        activation: used.Activation,
+        norms: Float[Tensor, " F"],
+        encoder: Float[Tensor, "F d_in"],
+        b_enc: Float[Tensor, " F"],
+    ) -> None:
+        """Thresholds become gates, and the codes stay. Raises ConfigError where there are none."""
         if isinstance(activation, used.Gated):
             self.r_mag[member], self.b_mag[member] = activation.r_mag, activation.b_mag
-        else:
-            self.r_mag[member], self.b_mag[member] = 0.0, 0.0
+            return
+        threshold = need_thresholds(activation, encoder, b_enc, self.config.architecture)
+        self.r_mag[member] = 0.0
+        self.b_mag[member] = b_enc
+        b_enc.sub_(threshold)

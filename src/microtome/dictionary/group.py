@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from microtome.common.device import derive_seed, generator
 from microtome.common.errors import InputError
 from microtome.dictionary.architectures import make_rule
-from microtome.dictionary.config import DictionaryConfig, PenaltyConfig
+from microtome.dictionary.config import DictionaryConfig, GatedConfig, JumpReLUConfig, PenaltyConfig
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
+from microtome.dictionary.fine_tuning import with_thresholds
 from microtome.dictionary.formats import load_any_dictionary
-from microtome.dictionary.layout import Layered, Layout, Separate, Sites
+from microtome.dictionary.layout import Layered, Layout, Separate, Sites, take
 from microtome.dictionary.resampling import resample
 from microtome.dictionary.stack import DataStatistics, Stack, StepReport
 from microtome.dictionary.statistics import geometric_median
@@ -85,6 +86,8 @@ class Group:
         for member, config in enumerate(self.configs):
             if config.fine_tune is not None:
                 start = load_any_dictionary(config.fine_tune, device=str(rows.device))
+                if isinstance(config, JumpReLUConfig | GatedConfig):
+                    start = with_thresholds(start, take(rows / scales, self.layout.x_columns))
                 self.layout.begin_with(self.stack, member, start, scales)
 
     # ---- a step -------------------------------------------------------------------------------------------------------

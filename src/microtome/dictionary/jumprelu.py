@@ -3,7 +3,9 @@
     ∂f/∂z = 1[z > θ]      ∂f/∂θ = −(θ/ε) K((z − θ)/ε)      ∂1[z > θ]/∂θ = −(1/ε) K((z − θ)/ε)      K = 1[|u| < ½]
 
 θ itself is the parameter, in fp32: Adam moves log θ too little, and bf16 does not move at all. With the sparsity
-"tanh" the gradient reaches all parameters (Anthropic, January 2025), which is why it has no estimator of its own.
+"tanh" the gradient reaches all parameters (Anthropic, January 2025), which is why it has no estimator of its own. The
+only gradient of θ then has θ for a factor, so that one that came to zero would stay there: with "tanh" thresholds are at
+least a hundredth of the bandwidth. Adam, which asks for the sign alone, takes them from there to where they belong.
 Both operations keep z and θ alone for their gradients: z is there in any case, and z − θ is quickly made again.
 Only entries above θ − ε/2 have a gradient, so only those are kept; the penalty on all others (`revive_coefficient`)
 is a sum over whole columns, less the kept ones.
@@ -15,12 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from microtome.common.errors import ConfigError
 from microtome.dictionary import activation as used
 from microtome.dictionary.config import JumpReLUConfig
+from microtome.dictionary.fine_tuning import need_thresholds
 from microtome.dictionary.kept import Entries, Kept, fires, where_positive
 from microtome.dictionary.rules import ReLURule, Step
 from microtome.dictionary.selection import PreActivations
+
+_LEAST = 0.01  # of the bandwidth
 
 
 class JumpReLURule(ReLURule):
@@ -33,6 +37,7 @@ class JumpReLURule(ReLURule):
         self.starts: Tensor
         self.register_buffer("starts", torch.tensor([config.first_threshold for config in configs]), persistent=False)
         self.threshold = nn.Parameter(self.starts[:, None].repeat(1, configs[0].d_sae))
+        self.least = _LEAST * self.config.bandwidth if self.config.sparsity == "tanh" else 0.0
 
     def keep(self, pre: PreActivations, step: Step) -> Kept:
         return self._kept(pre.whole, (self.threshold - self.config.bandwidth / 2).detach())
@@ -71,7 +76,7 @@ class JumpReLURule(ReLURule):
 
     @torch.no_grad()
     def after_update(self) -> None:
-        self.threshold.clamp_(min=0.0)
+        self.threshold.clamp_(min=self.least)
 
     def activation(self, member: int, norms: Float[Tensor, " F"]) -> used.Activation:
         return used.JumpReLU(self.threshold[member].detach().clone())
@@ -83,27 +88,31 @@ class JumpReLURule(ReLURule):
 
     @torch.no_grad()
     def begin_again(
-        self, member: int, latents: Int[Tensor, " c"], sizes: Float[Tensor, " c"], share: float
+        self,
+        member: int,
+        latents: Int[Tensor, " c"],
+        sizes: Float[Tensor, " c"],
+        share: float,
+        b_enc: Float[Tensor, " c"],
     ) -> Float[Tensor, " c"]:
         self.threshold[member, latents] = self.starts[member] * (
             sizes if self.config.start_threshold is None else share
         )
-        return super().begin_again(member, latents, sizes, share)
+        return b_enc
 
     @torch.no_grad()
-    def begin_with(self, member: int, activation: used.Activation, norms: Float[Tensor, " F"]) -> None:
-        """Raises ConfigError for an activation that no thresholds can stand for."""
-        if isinstance(activation, used.JumpReLU):
-            self.threshold[member] = activation.threshold
-        elif isinstance(activation, used.ReLU):
-            self.threshold[member] = 0.0
-        else:
-            raise ConfigError(
-                "The dictionary to fine-tune as JumpReLU has an activation without thresholds",
-                got=activation.name,
-                expected=f"{used.JumpReLU.name} or {used.ReLU.name}",
-                fix="Name another dictionary, or its own architecture",
-            )
+    def begin_with(
+        self,
+        member: int,
+        activation: used.Activation,
+        norms: Float[Tensor, " F"],
+        encoder: Float[Tensor, "F d_in"],
+        b_enc: Float[Tensor, " F"],
+    ) -> None:
+        """Thresholds of zero (those of what was ReLU) stay, and the codes with them; with "tanh" they begin at the least
+        that it has. Raises ConfigError for an activation that no thresholds can stand for."""
+        threshold = need_thresholds(activation, encoder, b_enc, self.config.architecture)
+        self.threshold[member] = torch.where(threshold > 0, threshold, self.least)
 
 
 class JumpReLU(torch.autograd.Function):

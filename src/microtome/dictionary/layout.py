@@ -52,6 +52,7 @@ class Layout(Protocol):
     d_in: int
     d_out: int
     outputs: tuple[str, ...]
+    x_columns: list[slice]
     y_columns: list[slice]
 
     def decoder(self, d_sae: int) -> Decoder:
@@ -228,24 +229,26 @@ class Layered(_Points):
                 expected=sizes,
                 fix="Take its points as inputs and outputs, and its latents of a layer as d_sae",
             )
-        if start.W_skip is not None:
+        skips = (start.W_skip is not None, stack.W_skip is not None)
+        if skips[0] != skips[1]:
+            found_skip, wanted_skip = ("with" if skip else "without" for skip in skips)
             raise ConfigError(
-                "A cross-layer transcoder with a skip path cannot be fine-tuned: none is trained here",
-                got="W_skip",
-                fix="Fine-tune one without",
+                "Of the cross-layer transcoder to fine-tune and its config one alone has a skip path",
+                got=f"one {found_skip} it",
+                expected=f"one {wanted_skip} it",
+                fix=f"Say skip={skips[0]}",
             )
         begun = copy.deepcopy(start).to(stack.b_enc.device, torch.float32)
         inputs, outputs = self._scales(scales)
         begun.fold_scales(1 / inputs, 1 / outputs)
         if stack.config.unit_norms:  # rows have unit norm in scaled units
             begun.fold_decoder_norms()
-        stack.encoder.copy_(begun.encoder)
-        stack.b_enc.copy_(begun.b_enc)
-        stack.b_dec.copy_(begun.b_dec)
         for layer, weight in enumerate(begun.W_dec):
             stack.decoder.rows(layer).copy_(weight.flatten(1))
         for layer, (activation, norms) in enumerate(zip(begun.layer_activations(), stack.norms(), strict=True)):
-            stack.rule.begin_with(layer, activation, norms)
+            stack.rule.begin_with(layer, activation, norms, begun.encoder[layer], begun.b_enc[layer])
+        for name in ("encoder", "b_enc", "b_dec", *_skip(stack)):
+            getattr(stack, name).copy_(getattr(begun, name))
 
     @torch.no_grad()
     def export(
@@ -253,11 +256,11 @@ class Layered(_Points):
     ) -> CrossLayerTranscoder:
         """Codes are in units of their decoder rows' norms, as those of dictionaries are."""
         activations = [stack.rule.activation(layer, norms) for layer, norms in enumerate(stack.norms())]
-        made = CrossLayerTranscoder(self.d_in, stack.d_sae, activations, origin=self.origin(origin))
-        made = made.to(stack.b_enc.device)
-        made.encoder.copy_(stack.encoder)
-        made.b_enc.copy_(stack.b_enc)
-        made.b_dec.copy_(stack.b_dec)
+        made = CrossLayerTranscoder(
+            self.d_in, stack.d_sae, activations, origin=self.origin(origin), skip=stack.W_skip is not None
+        ).to(stack.b_enc.device)
+        for name in ("encoder", "b_enc", "b_dec", *_skip(stack)):
+            getattr(made, name).copy_(getattr(stack, name))
         for layer, weight in enumerate(made.W_dec):
             weight.copy_(stack.decoder.rows(layer).view_as(weight))
         if not stack.config.unit_norms:
@@ -271,3 +274,7 @@ class Layered(_Points):
             torch.stack([scales[c.start] for c in columns]) for columns in (self.x_columns, self.y_columns)
         )
         return inputs, outputs
+
+
+def _skip(stack: Stack) -> list[str]:
+    return ["W_skip"] if stack.W_skip is not None else []

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from microtome.dictionary.stack import Stack
+from microtome.dictionary.statistics import geometric_median
 
 _SHARE = 0.2  # of the live encoder rows' mean length
 
@@ -24,9 +25,10 @@ def resample(
 ) -> None:
     """Give a member's dead latents new weights (Bricken et al. 2023, "Neuron resampling"): for each an input is drawn
     with a chance in proportion to its squared loss; the decoder row becomes that input's direction (seen from b_dec) at
-    the mean length of live rows, the encoder row the same at 0.2 times their mean length, the bias zero (or what the rule
-    begins with), and Adam forgets what it knew of them. `x` and `y` are scaled activations, of all members or each its
-    own; `residual` is the stack's on them, where it is known already."""
+    the mean length of live rows, the encoder row the same at 0.2 times their mean length, the bias such that the middle of
+    the inputs has a pre-activation of zero (less what the rule begins with), and Adam forgets what it knew of them. `x` and
+    `y` are scaled activations, of all members or each its own; `residual` is the stack's on them, where it is known
+    already."""
     which = dead.nonzero().squeeze(1)
     if len(which) == 0:
         return
@@ -45,12 +47,13 @@ def resample(
     drawn = drawn.to(x.device)
     written = stack.decoder.span(y - stack.b_dec[:, None], member)[drawn]
     decoder[which] = functional.normalize(written, dim=1) * alive_decoder
+    x_center = stack.b_dec[member] if stack.config.centered else geometric_median(mine)
     if not stack.config.tied:
-        x_center = stack.b_dec[member] if stack.config.centered else mine.mean(0)
         stack.encoder[member, which] = functional.normalize(mine[drawn] - x_center, dim=1) * (_SHARE * alive_encoder)
     share = 1.0 if stack.config.tied else _SHARE
-    sizes = stack.encoder[member, which].norm(dim=1)
-    stack.b_enc[member, which] = stack.rule.begin_again(member, which, sizes, share)
+    encoder = stack.encoder[member, which]
+    b_enc = encoder.new_zeros(len(which)) if stack.config.centered else -encoder @ x_center
+    stack.b_enc[member, which] = stack.rule.begin_again(member, which, encoder.norm(dim=1), share, b_enc)
     _forget(stack, optimiser, member, which)
 
 

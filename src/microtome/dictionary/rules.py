@@ -24,6 +24,7 @@ from microtome.dictionary.config import (
     PenaltyConfig,
     TopKConfig,
 )
+from microtome.dictionary.fine_tuning import take_thresholds
 from microtome.dictionary.kept import DenseKept, Entries, Kept, SparseKept, where_positive
 from microtome.dictionary.selection import PreActivations, batch_top_k, is_positive, top_k
 
@@ -106,14 +107,29 @@ class Rule(nn.Module, ABC, Generic[C]):
         encoder's rows: what pre-activations are about the size of."""
 
     def begin_again(
-        self, member: int, latents: Int[Tensor, " c"], sizes: Float[Tensor, " c"], share: float
+        self,
+        member: int,
+        latents: Int[Tensor, " c"],
+        sizes: Float[Tensor, " c"],
+        share: float,
+        b_enc: Float[Tensor, " c"],
     ) -> Float[Tensor, " c"]:
         """Put what the rule has for these latents back to its start, and say with which encoder biases they begin: they
-        have new encoder rows of the norms `sizes`, `share` times as long as those of others."""
-        return torch.zeros_like(sizes)
+        have new encoder rows of the norms `sizes`, `share` times as long as those of others, and with the biases `b_enc`
+        the mean input has pre-activations of zero."""
+        return b_enc
 
-    def begin_with(self, member: int, activation: Activation, norms: Float[Tensor, " F"]) -> None:
-        """Take over what a dictionary's activation holds, for a training that begins with it."""
+    def begin_with(
+        self,
+        member: int,
+        activation: Activation,
+        norms: Float[Tensor, " F"],
+        encoder: Float[Tensor, "F d_in"],
+        b_enc: Float[Tensor, " F"],
+    ) -> None:
+        """Take over what a dictionary's activation holds, for a training that begins with it (`fine_tuning.py`); its
+        encoder and b_enc are brought, in place, to what the rule needs."""
+        take_thresholds(activation, encoder, b_enc)
 
     def _kept(self, pre: Float[Tensor, "S n F"], edges: Float[Tensor, "S F"] | None = None) -> Kept:
         """The entries above their latents' edges (zero, if there are none), or all, if with so many dense products are
@@ -199,9 +215,17 @@ class BatchTopKRule(TopKRule):
         return JumpReLU(self.threshold[member].clamp_min(0) / norms.clamp_min(1e-12))
 
     @torch.no_grad()
-    def begin_with(self, member: int, activation: Activation, norms: Float[Tensor, " F"]) -> None:
-        if isinstance(activation, JumpReLU):
-            self.threshold[member] = (activation.threshold * norms).mean()
+    def begin_with(
+        self,
+        member: int,
+        activation: Activation,
+        norms: Float[Tensor, " F"],
+        encoder: Float[Tensor, "F d_in"],
+        b_enc: Float[Tensor, " F"],
+    ) -> None:
+        threshold = take_thresholds(activation, encoder, b_enc)
+        if threshold is not None and bool((threshold > 0).any()):
+            self.threshold[member] = (threshold * norms).mean()
 
 
 class MatryoshkaRule(BatchTopKRule):

@@ -166,9 +166,8 @@ class Stack(nn.Module):
         ]
         if gathered.grad is not None:
             norms.backward(gathered.grad)
-        loss, squared, counts = (
-            torch.stack(each).sum(0) for each in zip(*((p.loss, p.squared, p.counts) for p in pieces))
-        )
+        loss, squared = torch.stack([torch.stack([p.loss, p.squared]) for p in pieces]).sum(0)
+        counts = torch.stack([piece.counts for piece in pieces]).sum(0)
         aux = torch.zeros_like(loss)
         if dead is not None:
             errors = -torch.cat([piece.residual for piece in pieces], 1)
@@ -343,10 +342,16 @@ class Stack(nn.Module):
             self.config.unit_norms
         ):  # rows have unit norm in scaled units: those of a crosscoder's points have scales of their own
             start.fold_decoder_norms()
+        self.W_dec[member] = start.W_dec
+        self.rule.begin_with(member, start.activation, self.norms()[member], start.encoder, start.b_enc)
+        if self.config.tied and not torch.allclose(start.encoder, start.W_dec, rtol=1e-3, atol=1e-5):
+            raise ConfigError(
+                "A tied dictionary cannot begin with one whose encoder is not the transpose of its decoder",
+                fix="Leave out tied, or name a dictionary that was trained with it",
+            )
         self.encoder[member] = start.encoder
-        for name in ("W_dec", "b_enc", "b_dec", *(["W_skip"] if self.W_skip is not None else [])):
+        for name in ("b_enc", "b_dec", *(["W_skip"] if self.W_skip is not None else [])):
             self.get_parameter(name)[member] = start.get_parameter(name)
-        self.rule.begin_with(member, start.activation, self.norms()[member])
 
     @torch.no_grad()
     def residual(self, x: Inputs, y: Targets) -> Float[Tensor, "S n d_out"]:

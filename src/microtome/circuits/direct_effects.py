@@ -211,7 +211,7 @@ class _Split:
         x = self.cache[str(at)].flatten(2)
         codes = sae.encode(x.reshape(-1, sae.d_in))
         dense = codes.to_dense()
-        alive = (dense > 0).any(0).nonzero()[:, 0]
+        alive = (dense != 0).any(0).nonzero()[:, 0]
         shape = x.shape[:2]
         firing = dense[:, alive].view(*shape, -1).to(back)
         latents = firing * (back @ sae.W_dec[alive].to(back).T)

@@ -13,7 +13,7 @@ from microtome.common.errors import ArtifactError
 from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model
 from microtome.dictionary.formats.reading import UNKNOWN
-from microtome.dictionary.formats.values import damaged, table, text, whole
+from microtome.dictionary.formats.values import damaged, flag, is_number, table, text, whole
 
 CFG = "cfg.json"
 RENAMED = {
@@ -26,6 +26,8 @@ RENAMED = {
 ACTIVATIONS = {
     "standard": "relu",
     "topk": "topk",
+    "abstopk": "abstopk",
+    "matching_pursuit": "matching_pursuit",
     "jumprelu": "jumprelu",
     "gated": "gated",
     "batchtopk": "batchtopk",
@@ -36,12 +38,18 @@ ACTIVATIONS = {
     "jumprelu_skip_transcoder": "jumprelu",
 }
 # What no activation of Microtome computes, and why.
-REFUSED = {
-    "abstopk": "its codes have signs",
-    "matching_pursuit": "its codes are found one after the other, each from what the ones before it left",
-    "temporal": "its codes depend on the tokens before",
-}
+REFUSED = {"temporal": "its codes depend on the tokens before"}
+_LARGEST = 1e30
 NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pursuit:
+    """When a matching pursuit stops; the threshold is in units of the scaled activations."""
+
+    max_iterations: int
+    residual_threshold: float
+    stop_on_duplicate_support: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +61,7 @@ class SaeLensCfg:
     d_sae: int
     d_out: int
     k: int | None
+    pursuit: Pursuit | None
     center: bool
     normalize: str
     rescale: bool
@@ -99,7 +108,8 @@ def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
         d_in=d_in,
         d_sae=whole(file, flat, "d_sae"),
         d_out=whole(file, flat, "d_out") if transcoder else d_in,
-        k=whole(file, flat, "k") if kind == "topk" else None,
+        k=whole(file, flat, "k") if kind in ("topk", "abstopk") else None,
+        pursuit=read_pursuit(file, flat, d_in) if kind == "matching_pursuit" else None,
         center=center,
         normalize=normalize,
         rescale=_rescale(kind, flat),
@@ -107,6 +117,19 @@ def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
         origin=_origin(metadata, transcoder=transcoder),
         model_kwargs=table(file, metadata, "model_from_pretrained_kwargs"),
         legacy=legacy,
+    )
+
+
+def read_pursuit(file: Path, cfg: Mapping[str, Any], d_in: int) -> Pursuit:
+    """The three keys of a matching pursuit, with SAELens's defaults for those that are not there; no `max_iterations` is d_in
+    of them."""
+    threshold = cfg.get("residual_threshold", 1e-2)
+    if not is_number(threshold) or not -_LARGEST < threshold < _LARGEST:
+        raise damaged(file, "residual_threshold", threshold, "a number")
+    return Pursuit(
+        max_iterations=d_in if cfg.get("max_iterations") is None else whole(file, cfg, "max_iterations"),
+        residual_threshold=float(threshold),
+        stop_on_duplicate_support=flag(file, cfg, "stop_on_duplicate_support", missing=True),
     )
 
 
@@ -131,10 +154,10 @@ def _modern(file: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rescale(architecture: str, flat: Mapping[str, Any]) -> bool:
-    """Only TopK and its kin choose by the norm; in their checkpoints it is the default."""
-    if ACTIVATIONS[architecture] not in ("topk", "batchtopk"):
+    """Only TopK and its kin choose by the norm; in the checkpoints of those with a threshold it is the default."""
+    if ACTIVATIONS[architecture] not in ("topk", "abstopk", "batchtopk"):
         return False
-    return bool(flat.get("rescale_acts_by_decoder_norm", architecture != "topk"))
+    return bool(flat.get("rescale_acts_by_decoder_norm", ACTIVATIONS[architecture] == "batchtopk"))
 
 
 def _origin(metadata: Mapping[str, Any], *, transcoder: bool) -> Origin:

@@ -24,11 +24,14 @@ from microtome.dictionary.formats import FORMATS, read_dictionary, save_dictiona
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GEMMA_2 = "gemma-scope-2-270m-pt"
-OURS = {"microtome": "sparsify/layers.4", "microtome_layers": "llamascopium/clt_topk"}  # written from these
+OURS = {"microtome": "sparsify/layers.4", "microtome_layers": "llamascopium/clt_topk", "microtome_pursuit": "saelens/matching_pursuit"}  # written from these
 # One or more of each format: a folder, a file with weights, and the tensors that may be missing or say nothing about the codes.
 CASES: list[tuple[str, str, set[str]]] = [
     ("saelens/topk", "sae_weights.safetensors", set()),
     ("saelens/gated", "sae_weights.safetensors", set()),
+    ("saelens/abstopk", "sae_weights.safetensors", set()),
+    ("saelens_checkpoint/matching_pursuit", "sae_weights.safetensors", set()),
+    ("microtome_pursuit", "sae_weights.safetensors", set()),
     ("saelens/jumprelu_skip_transcoder", "sae_weights.safetensors", set()),
     ("saelens_checkpoint/batchtopk", "sae_weights.safetensors", set()),
     ("saelens_checkpoint/whitened_gated", "activation_whitening.safetensors", set()),
@@ -59,7 +62,10 @@ def folder_of(name: str, to: Path) -> Path:
         Autoencoder(topk()).save(folder / "8.pt")
     elif name in OURS:
         folder.mkdir()
-        save_dictionary(read_dictionary(FIXTURES / OURS[name]).dictionary, folder)
+        made = read_dictionary(FIXTURES / OURS[name]).dictionary
+        if name == "microtome_pursuit":
+            made.get_parameter("b_enc").fill_(0.1)  # which SAELens's have not
+        save_dictionary(made, folder)
     else:
         shutil.copytree(FIXTURES / name, folder)
     return folder
@@ -173,6 +179,9 @@ def test_pickles_by_another_name(name: str, file: str, free: set[str], tmp_path:
 CONFIGS = [
     ("saelens/topk", "cfg.json"),
     ("saelens/old_topk", "cfg.json"),
+    ("saelens/abstopk", "cfg.json"),
+    ("saelens_checkpoint/matching_pursuit", "cfg.json"),
+    ("microtome_pursuit", "cfg.json"),
     ("saelens/jumprelu_skip_transcoder", "cfg.json"),
     ("saelens_checkpoint/standard", "cfg.json"),
     ("saelens_checkpoint/standard", "activation_scaler.json"),

@@ -48,11 +48,11 @@ def read(folder: Path, hints: Hints) -> Reading:
     cfg = parse_cfg(folder, read_json(folder / CFG))
     file = TensorFile(folder / WEIGHTS, read_safetensors(folder / WEIGHTS), CFG)
     notes: list[str] = ["the layout from before version 6"] if cfg.legacy else []
-    W_dec = file.take("W_dec", cfg.d_sae, cfg.d_out)
-    b_dec = file.take("b_dec", cfg.d_out)
     if cfg.pursuit:
         return _read_pursuit(folder, cfg, cfg.pursuit, hints, file, notes)
     W_enc = file.take("W_enc", cfg.d_in, cfg.d_sae)
+    W_dec = file.take("W_dec", cfg.d_sae, cfg.d_out)
+    b_dec = file.take("b_dec", cfg.d_out)
     skip = file.take("W_skip", cfg.d_out, cfg.d_in) if "skip" in cfg.architecture else None
     W_dec = _finetuning(folder, cfg, file, W_dec, notes)
     scale = _scale(folder, cfg, hints, notes)

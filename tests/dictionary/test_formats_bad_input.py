@@ -24,7 +24,11 @@ from microtome.dictionary.formats import FORMATS, read_dictionary, save_dictiona
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GEMMA_2 = "gemma-scope-2-270m-pt"
-OURS = {"microtome": "sparsify/layers.4", "microtome_layers": "llamascopium/clt_topk", "microtome_pursuit": "saelens/matching_pursuit"}  # written from these
+OURS = {  # written from these
+    "microtome": "sparsify/layers.4",
+    "microtome_layers": "llamascopium/clt_topk",
+    "microtome_pursuit": "saelens/matching_pursuit",
+}
 # One or more of each format: a folder, a file with weights, and the tensors that may be missing or say nothing about the codes.
 CASES: list[tuple[str, str, set[str]]] = [
     ("saelens/topk", "sae_weights.safetensors", set()),
@@ -48,6 +52,8 @@ CASES: list[tuple[str, str, set[str]]] = [
     ("llama_scope/Llama3_1-8B-Base-L3R-8x", "checkpoints/final.safetensors", {"decoder.bias"}),
     ("clt/jump_relu", "W_enc_1.safetensors", set()),
     ("clt/relu", "W_dec_1.safetensors", set()),
+    ("circuit_tracer", "layer_1.safetensors", {"activation_function.threshold", "W_skip"}),
+    ("qwen_scope/SAE-Res-Qwen3-1.7B-Base-W32K-L0_3", "layer3.sae.pt", set()),
     ("microtome", "sae_weights.safetensors", set()),
     ("microtome_layers", "sae_weights.safetensors", set()),
     ("openai", "8.pt", {"stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"}),
@@ -58,7 +64,10 @@ IDS = [f"{name}-{file}" for name, file, _ in CASES]
 def folder_of(name: str, to: Path) -> Path:
     """A copy of one of the fixtures, in a folder of the same name."""
     folder = to / name
-    if name == "openai":
+    if name == "circuit_tracer":  # one of its layers
+        shutil.copytree(FIXTURES / "circuit_tracer/jump_relu_skip", folder)
+        (folder / "layer_0.safetensors").unlink()
+    elif name == "openai":
         Autoencoder(topk()).save(folder / "8.pt")
     elif name in OURS:
         folder.mkdir()
@@ -299,6 +308,8 @@ ONE_EACH = [
     "llamascopium/relu",
     "llama_scope/Llama3_1-8B-Base-L3R-8x",
     "clt/relu",
+    "circuit_tracer",
+    "qwen_scope/SAE-Res-Qwen3-1.7B-Base-W32K-L0_3",
     "openai",
 ]
 

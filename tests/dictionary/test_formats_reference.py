@@ -25,8 +25,9 @@ def test_there_are_fixtures_of_every_library() -> None:
     assert {name.split("/")[0] for name in EXPECTED} == {
         *("saelens", "saelens_checkpoint", "dictionary_learning", "sparsify", "clt", "llama_scope"),
         *("gemma-scope-2b-pt-res", "gemma-scope-2b-pt-transcoders", "gemma-scope-2-270m-pt", "llamascopium"),
+        *("circuit_tracer", "qwen_scope"),
     }
-    assert len(EXPECTED) == 100
+    assert len(EXPECTED) == 105
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -65,7 +65,7 @@ def pursued(row: Tensor, rows: Tensor, steps: int, threshold: float, *, stop_on_
         row = row - products[latent] * rows[latent]
         if again and stop_on_again:
             return f, "again"
-        if 0 < threshold and row.norm() < threshold:
+        if threshold > 0 and row.norm() < threshold:
             return f, "near"
     return f, "steps"
 
@@ -185,7 +185,7 @@ def test_no_training_begins_with_them(activation: Activation) -> None:
         layout.begin_with(Stack.__new__(Stack), 0, made_of(activation), torch.ones(32))
 
 
-# ---- measured and used -------------------------------------------------------------------------------------------------------------
+# ---- measured and used ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", [AbsTopK(3), MatchingPursuit(32, 0.5)], ids=["abstopk", "pursuit"])

@@ -63,7 +63,8 @@ def build_index(
     opens one that is complete and was made with the same settings.
 
     Raises ConfigError or ModelError when the dictionary does not fit the model, has codes below zero, or is a set with
-    outputs of several widths, InputError when the store is of other data, ArtifactError when `out` holds, or was begun with, other settings (each difference is named).
+    outputs of several widths, InputError when the store is of other data, ArtifactError when `out` holds, or was begun
+    with, other settings (each difference is named).
     """
     check_signs(sae)
     check_fit(model, sae)

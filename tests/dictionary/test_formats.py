@@ -366,6 +366,37 @@ def test_every_architecture_of_saelens_is_read_or_refused(tmp_path: Path) -> Non
             load_dictionary(tmp_path / name)
 
 
+@pytest.mark.parametrize("point", ["hook_q", "hook_k", "hook_v", "hook_z"])
+def test_one_head_survives_a_round_trip(point: str, tmp_path: Path) -> None:
+    """As the point and `hook_head_index` in SAELens's metadata, as one name here."""
+    made = made_of("topk", origin=Origin.at("tiny", f"blocks.1.attn.{point}.3"))
+    save_dictionary(made, tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    assert (cfg["metadata"]["hook_name"], cfg["metadata"]["hook_head_index"]) == (f"blocks.1.attn.{point}", 3)
+    assert cfg["reshape_activations"] == "none"
+    assert_same(load_dictionary(tmp_path), made)
+    legacy = {
+        "hook_point": f"blocks.1.attn.{point}",
+        "hook_point_head_index": 0,
+        "d_in": 8,
+        "d_sae": 20,
+        "model_name": "m",
+    }
+    (tmp_path / "cfg.json").write_text(json.dumps(legacy))
+    assert load_dictionary(tmp_path).hook_name == f"blocks.1.attn.{point}.0"
+
+
+def test_saelens_opens_a_dictionary_of_one_head(tmp_path: Path) -> None:
+    saelens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install 'sae-lens>=6'")
+    made, x = made_of("topk", origin=Origin.at("tiny", "blocks.1.attn.hook_z.3")), x_of()
+    save_dictionary(made, tmp_path)
+    theirs = saelens.saes.sae.SAE.load_from_disk(tmp_path)
+    assert (theirs.cfg.metadata.hook_name, theirs.cfg.metadata.hook_head_index) == ("blocks.1.attn.hook_z", 3)
+    torch.testing.assert_close(theirs(x), made(x), atol=1e-5, rtol=1e-5)
+    theirs.save_model(tmp_path / "theirs")
+    assert_same(load_dictionary(tmp_path / "theirs"), made)
+
+
 def test_saelens_opens_heads_and_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     saelens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install 'sae-lens>=6'")
     made, x = made_of("standard", origin=Origin.at("tiny", "blocks.1.attn.hook_z")), x_of()

@@ -361,7 +361,8 @@ def _check(model: HookedModel, by: By, dictionary: Dictionary | None) -> None:
         raise InputError('A dictionary is needed for by="feature", and for nothing else')
     if dictionary is not None:
         check_fit(model, dictionary)
-        if HookName.parse(dictionary.hook_name).point not in _POINTS:
+        at = HookName.parse(dictionary.hook_name)
+        if at.point not in _POINTS or at.head is not None:
             raise ModelError(
                 "What a dictionary at this point stands for is not written into the stream",
                 got=dictionary.hook_name,

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from microtome.common.errors import ArtifactError
+from microtome.common.errors import ArtifactError, ModelError
 from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model
 from microtome.dictionary.formats.reading import UNKNOWN
 from microtome.dictionary.formats.values import damaged, flag, is_number, table, text, whole
+from microtome.model import HookName
 
 CFG = "cfg.json"
 RENAMED = {
@@ -38,7 +39,10 @@ ACTIVATIONS = {
     "jumprelu_skip_transcoder": "jumprelu",
 }
 # What no activation of Microtome computes, and why.
-REFUSED = {"temporal": "its codes depend on the tokens before"}
+REFUSED = {
+    "temporal": "its codes depend on the tokens before, through attention over codes, and here each token's activation is "
+    "encoded by itself"
+}
 _LARGEST = 1e30
 NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
 
@@ -90,11 +94,6 @@ def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
     normalize = flat.get("normalize_activations") or "none"
     _one_of(folder, "normalize_activations", normalize, NORMS)
     _one_of(folder, "reshape_activations", flat.get("reshape_activations"), ("none", "hook_z", None))
-    if metadata.get("hook_head_index") is not None:
-        raise ArtifactError(
-            f"The dictionary at {folder} reads one attention head, which cannot be read here",
-            got=f"hook_head_index {metadata['hook_head_index']!r}",
-        )
     kind = str(architecture)
     transcoder = kind.endswith("transcoder")
     center = flat.get("apply_b_dec_to_input", True)
@@ -114,7 +113,7 @@ def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
         normalize=normalize,
         rescale=_rescale(kind, flat),
         finetuned=bool(flat.get("finetuning_scaling_factor")),
-        origin=_origin(metadata, transcoder=transcoder),
+        origin=_origin(file, metadata, transcoder=transcoder),
         model_kwargs=table(file, metadata, "model_from_pretrained_kwargs"),
         legacy=legacy,
     )
@@ -160,17 +159,40 @@ def _rescale(architecture: str, flat: Mapping[str, Any]) -> bool:
     return bool(flat.get("rescale_acts_by_decoder_norm", ACTIVATIONS[architecture] == "batchtopk"))
 
 
-def _origin(metadata: Mapping[str, Any], *, transcoder: bool) -> Origin:
-    hook = str(metadata.get("hook_name") or UNKNOWN)
+def _origin(file: Path, metadata: Mapping[str, Any], *, transcoder: bool) -> Origin:
+    hook = _of_head(file, metadata, "hook_head_index", str(metadata.get("hook_name") or UNKNOWN))
+    written = str(metadata.get("hook_name_out") or f"{UNKNOWN} output")
     context = metadata.get("context_size")
     return Origin(
         model_name=hub_model(str(metadata.get("model_name") or UNKNOWN)),
         inputs=(hook,),
-        outputs=(str(metadata.get("hook_name_out") or f"{UNKNOWN} output"),) if transcoder else (),
+        outputs=(_of_head(file, metadata, "hook_head_index_out", written),) if transcoder else (),
         context=context if isinstance(context, int) else None,
         prepend_bos=bool(metadata.get("prepend_bos", True)),
         dataset=text(metadata, "dataset_path"),
     )
+
+
+def _of_head(file: Path, metadata: Mapping[str, Any], key: str, hook: str) -> str:
+    """The point, of the one head that is named under a key: `blocks.3.attn.hook_z.5`."""
+    head = metadata.get(key)
+    if head is None:
+        return hook
+    if type(head) is not int or head < 0:
+        raise damaged(file, key, head, "the number of a head, or null")
+    try:
+        return str(HookName.parse(f"{hook}.{head}"))
+    except ModelError as error:
+        raise damaged(file, key, head, f"null, because {hook} is no point with heads") from error
+
+
+def split_head(name: str) -> tuple[str, int | None]:
+    """A point and, where the name is of one of its heads, which: as SAELens keeps them."""
+    try:
+        found = HookName.parse(name)
+    except ModelError:
+        return name, None
+    return (name, None) if found.head is None else (str(found.of_all_heads), found.head)
 
 
 def _one_of(folder: Path, key: str, value: object, known: tuple[str | None, ...]) -> None:

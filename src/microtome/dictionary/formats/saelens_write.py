@@ -16,7 +16,7 @@ from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.formats.own import WEIGHTS, cfg_of, tensors_of
 from microtome.dictionary.formats.reading import AnyDictionary
 from microtome.dictionary.formats.saelens import SPARSITY
-from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, CFG
+from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, CFG, split_head
 from microtome.dictionary.pursuit import MatchingPursuit
 
 _FORMAT_VERSION = "6.0.0"  # the oldest SAELens whose reader takes this layout
@@ -74,7 +74,7 @@ def _tied(made: Dictionary) -> bool:
 
 def saelens_cfg(made: Dictionary) -> dict[str, Any]:
     """The cfg.json of a dictionary that SAELens holds."""
-    origin = made.origin
+    origin, (hook, head) = made.origin, split_head(made.hook_name)
     heads = made.origin.inputs[0].endswith("hook_z") and not made.is_transcoder
     cfg: dict[str, Any] = {
         "architecture": made.architecture,
@@ -89,8 +89,8 @@ def saelens_cfg(made: Dictionary) -> dict[str, Any]:
             "sae_lens_version": _FORMAT_VERSION,
             "sae_lens_training_version": None,
             "model_name": origin.model_name,
-            "hook_name": made.hook_name,
-            "hook_head_index": None,
+            "hook_name": hook,
+            "hook_head_index": head,
             "context_size": origin.context,
             "prepend_bos": origin.prepend_bos,
             "dataset_path": origin.dataset,
@@ -98,7 +98,8 @@ def saelens_cfg(made: Dictionary) -> dict[str, Any]:
     }
     if made.is_transcoder:
         cfg["d_out"] = made.d_out
-        cfg["metadata"] |= {"hook_name_out": origin.outputs[0], "hook_head_index_out": None}
+        hook, head = split_head(origin.outputs[0])
+        cfg["metadata"] |= {"hook_name_out": hook, "hook_head_index_out": head}
     if isinstance(made.activation, MatchingPursuit):
         cfg |= {
             "residual_threshold": made.activation.residual_threshold,

@@ -180,7 +180,7 @@ def circuit_tracer_layers() -> None:
     for name, skip in (("relu", False), ("jump_relu_skip", True)):
         layers = {}
         for i in range(2):
-            act = JumpReLU(torch.zeros(F), 0.1) if skip else torch.nn.functional.relu
+            act: Any = JumpReLU(torch.zeros(F), 0.1) if skip else torch.nn.functional.relu
             layers[i] = SingleLayerTranscoder(D, F, act, i, skip_connection=skip, device=cpu, dtype=torch.float32)
             shake(layers[i])
             if skip:

@@ -1,8 +1,8 @@
 """Hook points: their names (TransformerLens's), axes and order, parsed once into `HookName`.
 
 A name is either global (`hook_embed`) or belongs to a block (`blocks.6.hook_resid_pre`). A number behind a point with heads is
-one of them (`blocks.6.attn.hook_z.3`), in the place of its axis: the point as if there were no other head. `POINTS` lists what Microtome
-knows in the order in which a forward pass reaches it; which of them a model has is said by its family's spec.
+one of them (`blocks.6.attn.hook_z.3`): the point as if there were no other head. `POINTS` lists what Microtome knows in the
+order in which a forward pass reaches it; which of them a model has is said by its family's spec.
 """
 
 import fnmatch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from microtome.activations import HarvestConfig, harvest
-from microtome.circuits import logit_attribution
+from microtome.circuits import ablate_features, logit_attribution
 from microtome.common.errors import ModelError
 from microtome.dictionary import Dictionary, EvaluateConfig, Origin, evaluate
 from microtome.dictionary.activation import ReLU, TopK
@@ -112,6 +112,12 @@ def test_a_dictionary_of_one_head(tiny_llama: HookedModel, tiny_dataset: TokenDa
         TOKENS, [("blocks.1.attn.hook_z", lambda z, _: z * (torch.arange(4) != 2).float()[:, None])]
     )
     torch.testing.assert_close(logits, wanted)
+    found_without = ablate_features(tiny_llama, TOKENS, lambda logits: logits[:, -1, 5], same, hook, [3])
+    z = tiny_llama.activations(TOKENS, "blocks.1.attn.hook_z")["blocks.1.attn.hook_z"].clone()
+    z[:, :, 2, 3] -= z[:, :, 2, 3].relu()
+    without = tiny_llama.run_with_hooks(TOKENS, [("blocks.1.attn.hook_z", lambda _, hook: z)])[:, -1, 5]
+    torch.testing.assert_close(found_without.values[0], without)
+    assert not torch.allclose(without, tiny_llama(TOKENS)[:, -1, 5])
     other = Dictionary(8, 16, TopK(2), origin=Origin.at("tiny-llama", hook))
     with pytest.raises(ModelError, match="not written into the stream. Got: blocks.1.attn.hook_z.2"):
         logit_attribution(tiny_llama, TOKENS, answer=5, by="feature", dictionary=other)

@@ -25,7 +25,7 @@ from microtome.model.factored import FactoredMatrix
 from microtome.model.generation import Generation, Generator, Stream
 from microtome.model.generation_config import GenerateConfig
 from microtome.model.hook_point import HookFn, HookPoint
-from microtome.model.names import HEAD_AXIS, WITH_HEADS, HookName, canonical, matches
+from microtome.model.names import HEAD_AXIS, WITH_HEADS, HookName, canonical, matches, one_head
 from microtome.model.parameters import input_device
 from microtome.model.places import Decoding
 from microtome.model.prompts import Prompts, Side
@@ -113,8 +113,9 @@ class HookedModel:
         name = self._by_text.get(full)
         if name is not None:
             return [name]
-        if (whole := self._by_text.get(full.rpartition(".")[0])) and whole.axes in WITH_HEADS:
-            return [self._head(whole, full)]
+        whole = self._by_text.get(full.rpartition(".")[0])
+        if whole is not None and whole.axes in WITH_HEADS:
+            return [one_head(full, getattr(self.config, whole.axes[HEAD_AXIS]))]
         layer = text.split(".")[1] if text.startswith("blocks.") and text.count(".") > 1 else ""
         if layer.isdigit() and int(layer) >= self.config.n_layers:
             raise ModelError(
@@ -123,15 +124,6 @@ class HookedModel:
                 expected=f"a layer from 0 to {self.config.n_layers - 1} of {self.name}",
             )
         raise unknown_name(f"hook point of {self.name}", text, self.hook_points, ModelError)
-
-    def _head(self, whole: HookName, text: str) -> HookName:
-        """One head of a point. Raises ModelError for a head that the model does not have."""
-        head, n = text.rpartition(".")[2], getattr(self.config, whole.axes[HEAD_AXIS])
-        if not head.isdecimal() or int(head) >= n:
-            raise ModelError(
-                f"There is no hook point {text!r}", got=f"head {head}", expected=f"a head from 0 to {n - 1}"
-            )
-        return HookName.parse(text)
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 

@@ -164,6 +164,14 @@ class HookName:
         return self.depth < other.depth
 
 
+def one_head(text: str, n: int) -> HookName:
+    """One head of a point that has `n`. Raises ModelError for a head that is not there."""
+    head = text.rpartition(".")[2]
+    if not head.isdecimal() or int(head) >= n:
+        raise ModelError(f"There is no hook point {text!r}", got=f"head {head}", expected=f"a head from 0 to {n - 1}")
+    return HookName.parse(text)
+
+
 def matches(pattern: str, name: HookName) -> bool:
     """Whether a glob matches a name. A point of `ON_REQUEST` has to be spelled by the pattern's end: `*hook_result`
     matches it, `blocks.3.*` does not."""

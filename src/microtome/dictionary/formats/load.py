@@ -147,7 +147,8 @@ def _placed(reading: Reading, device: str, dtype: str) -> AnyDictionary:
 
 
 def load_dictionaries(path: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> list[Dictionary]:
-    """All dictionaries in a folder of folders (of any formats), in the order of their names, 2 before 10.
+    """All dictionaries in a folder of folders (of any formats), or of files of single layers, in the order of their names, 2
+    before 10.
 
     Raises ArtifactError when there is none, or one cannot be read.
     """

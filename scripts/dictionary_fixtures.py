@@ -22,8 +22,15 @@ import numpy as np
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
-from scripts.dictionary_fixtures_others import circuit_tracer, dictionary_learning, llamascopium, sparsify
-from scripts.fixture_tools import POINT, ROOT, D, F, K, N, expect, inputs, shake
+from scripts.dictionary_fixtures_others import (
+    circuit_tracer,
+    circuit_tracer_layers,
+    dictionary_learning,
+    llamascopium,
+    sparsify,
+)
+from scripts.dictionary_fixtures_trained import signed_and_pursued, whitened
+from scripts.fixture_tools import POINT, ROOT, D, F, K, N, expect, inputs, keep_saelens, metadata, shake
 from torch import Tensor
 
 LIBRARIES = ("sae-lens", "dictionary-learning", "eai-sparsify", "circuit-tracer", "llamascopium", "torch")
@@ -43,25 +50,14 @@ def main() -> None:
         gemma_scope_2()
         whitened()
         llamascopium()
+        signed_and_pursued()
+        circuit_tracer_layers()
+        qwen_scope()
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     (ROOT / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
 # ---- SAELens ----------------------------------------------------------------------------------------------------------------
-
-
-def metadata(hook: str = POINT, **more: Any) -> Any:
-    from sae_lens.saes.sae import SAEMetadata
-
-    return SAEMetadata(
-        model_name="tiny",
-        hook_name=hook,
-        hook_head_index=None,
-        context_size=64,
-        prepend_bos=True,
-        dataset_path="abc",
-        **more,
-    )
 
 
 def saelens() -> None:
@@ -104,17 +100,6 @@ def saelens() -> None:
     ):
         meta = metadata("blocks.3.ln2.hook_normalized", hook_name_out="blocks.3.hook_mlp_out")
         keep_saelens(name, cls(config(d_in=D, d_out=6, d_sae=F, apply_b_dec_to_input=False, metadata=meta)))
-
-
-def keep_saelens(name: str, sae: Any, heads: int = 0) -> None:
-    folder = ROOT / "saelens" / name
-    shake(sae)
-    sae.save_model(folder)
-    x = inputs()
-    if sae.dtype != torch.float32:  # what float32 arithmetic makes of the rounded weights
-        sae = type(sae).load_from_disk(folder, dtype="float32")
-    shaped = x.view(N, heads, D // heads) if heads else x
-    expect(folder, x, sae.encode(shaped), sae(shaped).reshape(N, -1))
 
 
 def saelens_checkpoints() -> None:
@@ -241,6 +226,21 @@ def keep_read(folder: Path, loader: Any, repo: str, inside: str, sizes: dict[str
     expect(folder, inputs(), codes, made(inputs()))
 
 
+def qwen_scope() -> None:
+    """One file for a layer, whose k is in the name of its repository."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    torch.manual_seed(2)
+    name, file = f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}", "layer3.sae.pt"
+    folder = ROOT / "qwen_scope" / name
+    folder.mkdir(parents=True)
+    tensors = random_tensors()
+    theirs = {**tensors, "W_enc": tensors["W_enc"].T.contiguous(), "W_dec": tensors["W_dec"].T.contiguous()}
+    torch.save(theirs, folder / file)
+    loader = loaders.qwen_scope_sae_huggingface_loader
+    keep_read(folder, loader, f"Qwen/{name}", file, {"d_in": D, "d_sae": F})
+
+
 def gemma_scope_2() -> None:
     """Single layers through SAELens's reader; several through circuit-tracer's, which knows only cross-layer transcoders."""
     top, said = ROOT / "gemma-scope-2-270m-pt", {"model_name": "google/gemma-3-270m-pt", "architecture": "jump_relu"}
@@ -310,36 +310,6 @@ def keep_layers(folder: Path, site: str, affine: bool) -> None:
     codes = clt.encode(layers)
     out = clt.decode(codes, layers) if affine else clt.decode(codes)
     expect(folder, x, codes.transpose(0, 1).reshape(N, -1), out.transpose(0, 1).reshape(N, -1))
-
-
-def whitened() -> None:
-    """What training on whitened activations leaves, and what SAELens makes of it for use."""
-    from sae_lens.saes import gated_sae, jumprelu_sae, sae, standard_sae, topk_sae
-    from sae_lens.training.activation_scaler import ActivationScaler
-
-    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-        "standard": (standard_sae.StandardTrainingSAE, standard_sae.StandardTrainingSAEConfig, {}),
-        "topk": (topk_sae.TopKTrainingSAE, topk_sae.TopKTrainingSAEConfig, {"k": K}),
-        "jumprelu": (jumprelu_sae.JumpReLUTrainingSAE, jumprelu_sae.JumpReLUTrainingSAEConfig, {}),
-        "gated": (gated_sae.GatedTrainingSAE, gated_sae.GatedTrainingSAEConfig, {"apply_b_dec_to_input": False}),
-    }
-    scaler = ActivationScaler()
-    scaler.estimate_whitening(D, iter([inputs() * 2 + 1, inputs().flip(1)]), 2)
-    for name, (cls, config, more) in kinds.items():
-        folder, final = ROOT / "saelens_checkpoint" / f"whitened_{name}", ROOT / "saelens" / f"trained_whitened_{name}"
-        training = cls(
-            config(d_in=D, d_sae=F, normalize_activations="covariance_whitening", **more, metadata=metadata())
-        )
-        shake(training)
-        training.save_model(folder)
-        scaler.save(str(folder / "activation_scaler.json"))
-        found = scaler.whitening
-        assert found is not None
-        training.fold_activation_whitening(found.mean, found.matrix, found.inverse_matrix)
-        training.save_inference_model(final)
-        used = sae.SAE.load_from_disk(final)
-        for where in (folder, final):
-            expect(where, inputs(), used.encode(inputs()), used(inputs()))
 
 
 @contextlib.contextmanager

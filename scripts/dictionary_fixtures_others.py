@@ -165,6 +165,38 @@ def circuit_tracer() -> None:
         expect(folder, x, codes.transpose(0, 1).reshape(N, -1), out.transpose(0, 1).reshape(N, -1))
 
 
+def circuit_tracer_layers() -> None:
+    """Transcoders of two layers, one file each, with what the library makes of the files."""
+    from circuit_tracer.transcoder.activation_functions import JumpReLU
+    from circuit_tracer.transcoder.single_layer_transcoder import (
+        SingleLayerTranscoder,
+        TranscoderSet,
+        load_transcoder_set,
+    )
+
+    torch.manual_seed(3)
+    cpu = torch.device("cpu")
+    points = ("ln2.hook_normalized", "hook_mlp_out")
+    for name, skip in (("relu", False), ("jump_relu_skip", True)):
+        layers = {}
+        for i in range(2):
+            act: Any = JumpReLU(torch.zeros(F), 0.1) if skip else torch.nn.functional.relu
+            layers[i] = SingleLayerTranscoder(D, F, act, i, skip_connection=skip, device=cpu, dtype=torch.float32)
+            shake(layers[i])
+            if skip:
+                act.threshold.copy_(torch.rand(F))
+        folder = ROOT / "circuit_tracer" / name
+        TranscoderSet(layers, *points).to_safetensors(str(folder))
+        said = f"model_name: tiny\nmodel_kind: transcoder_set\nfeature_input_hook: {points[0]}\n"
+        (folder / "config.yaml").write_text(f"{said}feature_output_hook: {points[1]}\n")
+        paths = {i: str(folder / f"layer_{i}.safetensors") for i in range(2)}
+        lazy = {"lazy_encoder": False, "lazy_decoder": False}
+        read = load_transcoder_set(paths, "tiny", *points, device=cpu, dtype=torch.float32, **lazy)
+        for i, path in paths.items():
+            codes = read[i].encode(inputs())
+            expect(Path(path), inputs(), codes, read[i].decode(codes, inputs()))
+
+
 def llamascopium() -> None:
     """Autoencoders, transcoders, crosscoders and cross-layer transcoders, on activations as its trainer scales them."""
     from llamascopium.models.clt import CLTConfig, CrossLayerTranscoder

@@ -1,6 +1,7 @@
 """What the scripts that make tests/dictionary/fixtures share: sizes, inputs, and how expectations are kept."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -31,3 +32,28 @@ def shake(module: torch.nn.Module) -> None:
             tensor.copy_(torch.rand_like(tensor) * 1.5)
         else:
             tensor.copy_(torch.randn_like(tensor) * 0.5)
+
+
+def metadata(hook: str = POINT, **more: Any) -> Any:
+    from sae_lens.saes.sae import SAEMetadata
+
+    return SAEMetadata(
+        model_name="tiny",
+        hook_name=hook,
+        hook_head_index=None,
+        context_size=64,
+        prepend_bos=True,
+        dataset_path="abc",
+        **more,
+    )
+
+
+def keep_saelens(name: str, sae: Any, heads: int = 0) -> None:
+    folder = ROOT / "saelens" / name
+    shake(sae)
+    sae.save_model(folder)
+    x = inputs()
+    if sae.dtype != torch.float32:  # what float32 arithmetic makes of the rounded weights
+        sae = type(sae).load_from_disk(folder, dtype="float32")
+    shaped = x.view(N, heads, D // heads) if heads else x
+    expect(folder, x, sae.encode(shaped), sae(shaped).reshape(N, -1))

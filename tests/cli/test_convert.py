@@ -50,6 +50,20 @@ def test_what_the_caller_says_is_written(tmp_path: Path, capsys: pytest.CaptureF
     assert log_sparsity(tmp_path / "out") is not None
 
 
+def test_signs_are_taken_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A TopK of twice as many latents with the same output; no other kind has signs."""
+    out = tmp_path / "out"
+    assert main(["convert", str(FIXTURES / "saelens/abstopk"), str(out), "--split-signs"]) == 0
+    before, after = load_dictionary(FIXTURES / "saelens/abstopk"), load_dictionary(out)
+    x = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
+    assert (after.architecture, after.d_sae) == ("topk", 32)
+    torch.testing.assert_close(after(x), before(x))
+    for name in ("saelens/topk", "clt/relu"):
+        assert main(["convert", str(FIXTURES / name), str(tmp_path / "other"), "--split-signs"]) == 1
+        assert "Only an AbsTopK dictionary has signs to split" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_nothing_is_overwritten_or_left_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = str(FIXTURES / "saelens/topk"), tmp_path / "out"
     assert main(["convert", source, str(out), "--fold-decoder-norms"]) == 1

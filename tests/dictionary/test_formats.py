@@ -23,10 +23,11 @@ from microtome.dictionary import (
     load_dictionary_set,
     save_dictionary,
 )
-from microtome.dictionary.activation import Activation, Gated, GroupMax, GroupTopK, JumpReLU, ReLU, TopK
+from microtome.dictionary.activation import AbsTopK, Activation, Gated, GroupMax, GroupTopK, JumpReLU, ReLU, TopK
 from microtome.dictionary.formats import load, log_sparsity, read_dictionary
 from microtome.dictionary.formats.reading import Reading, Weights, build
 from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, REFUSED
+from microtome.dictionary.pursuit import MatchingPursuit
 
 ORIGIN = Origin.at("tiny", "blocks.1.hook_resid_pre", context=24, dataset="abc")
 ACROSS = Origin(model_name="tiny", inputs=("blocks.1.ln2.hook_normalized",), outputs=("blocks.1.hook_mlp_out",))
@@ -52,6 +53,8 @@ def made_of(name: str, **more: object) -> Dictionary:
     kinds: dict[str, tuple[Activation, dict[str, object]]] = {
         "standard": (ReLU(), {}),
         "topk": (TopK(3), {}),
+        "abstopk": (AbsTopK(3), {}),
+        "matching_pursuit": (MatchingPursuit(5, 0.5, stop_on_duplicate_support=False), {}),
         "jumprelu": (JumpReLU(number), plain),
         "gated": (Gated(number, other), {}),
         "transcoder": (ReLU(), {**plain, "d_out": 6, "origin": ACROSS}),
@@ -59,6 +62,9 @@ def made_of(name: str, **more: object) -> Dictionary:
         "skip_transcoder": (ReLU(), skip),
         "jumprelu_skip_transcoder": (JumpReLU(number), skip),
         "microtome_groupmax": (GroupMax(4), {}),
+        "microtome_matching_pursuit": (MatchingPursuit(5, 0.5), {"center": False}),
+        "microtome_matching_pursuit_crosscoder": (MatchingPursuit(4), {**plain, "origin": SEVERAL}),
+        "microtome_abstopk_transcoder": (AbsTopK(3), {**plain, "d_out": 6, "origin": ACROSS}),
         "microtome_grouptopk_crosscoder": (GroupTopK(8, 4), {**plain, "origin": SEVERAL}),
         "microtome_topk_transcoder": (TopK(3), {**plain, "d_out": 6, "origin": ACROSS}),
         "microtome_gated_skip_transcoder": (Gated(number, other), skip),
@@ -66,10 +72,16 @@ def made_of(name: str, **more: object) -> Dictionary:
         "microtome_standard_crosscoder": (ReLU(), {"origin": SEVERAL}),
     }
     activation, options = kinds[name]
-    return shaken(Dictionary(8, 20, activation, **{"origin": ORIGIN, **options, **more}))  # type: ignore[arg-type]
+    made = shaken(Dictionary(8, 20, activation, **{"origin": ORIGIN, **options, **more}))  # type: ignore[arg-type]
+    if name == "matching_pursuit":  # SAELens's has rows that are its encoder too, and no bias there
+        made.encoder.copy_(made.W_dec)
+        made.b_enc.zero_()
+    return made
 
 
 KINDS = [
+    *("abstopk", "matching_pursuit", "microtome_matching_pursuit", "microtome_matching_pursuit_crosscoder"),
+    "microtome_abstopk_transcoder",
     *("standard", "topk", "jumprelu", "gated", "transcoder", "jumprelu_transcoder", "skip_transcoder"),
     *("jumprelu_skip_transcoder", "microtome_groupmax", "microtome_topk_transcoder", "microtome_gated_skip_transcoder"),
     *("microtome_topk_crosscoder", "microtome_standard_crosscoder"),
@@ -320,7 +332,7 @@ def test_saelens_opens_what_is_written(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
-@pytest.mark.parametrize("name", ["standard", "topk", "jumprelu", "gated"])
+@pytest.mark.parametrize("name", ["standard", "topk", "abstopk", "matching_pursuit", "jumprelu", "gated"])
 def test_saelens_opens_input_norms(name: str, norm: str, tmp_path: Path) -> None:
     saelens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install 'sae-lens>=6'")
     made, x = made_of(name, input_norm=norm), x_of() * 3 + 1
@@ -348,11 +360,41 @@ def test_every_architecture_of_saelens_is_read_or_refused(tmp_path: Path) -> Non
     names = {*registry.SAE_CLASS_REGISTRY, *registry.SAE_TRAINING_CLASS_REGISTRY}
     assert names == ACTIVATIONS.keys() | REFUSED.keys()
     for name in REFUSED:
-        more = {"n_heads": 1, "bottleneck_factor": 1} if name == "temporal" else {"k": 3} if name == "abstopk" else {}
         cls, config = registry.SAE_CLASS_REGISTRY[name]
-        cls(config(d_in=8, d_sae=16, **more)).save_model(tmp_path / name)
+        cls(config(d_in=8, d_sae=16, n_heads=1, bottleneck_factor=1)).save_model(tmp_path / name)
         with pytest.raises(ArtifactError, match=f"{REFUSED[name]}. Got: architecture '{name}'"):
             load_dictionary(tmp_path / name)
+
+
+@pytest.mark.parametrize("point", ["hook_q", "hook_k", "hook_v", "hook_z"])
+def test_one_head_survives_a_round_trip(point: str, tmp_path: Path) -> None:
+    """As the point and `hook_head_index` in SAELens's metadata, as one name here."""
+    made = made_of("topk", origin=Origin.at("tiny", f"blocks.1.attn.{point}.3"))
+    save_dictionary(made, tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    assert (cfg["metadata"]["hook_name"], cfg["metadata"]["hook_head_index"]) == (f"blocks.1.attn.{point}", 3)
+    assert cfg["reshape_activations"] == "none"
+    assert_same(load_dictionary(tmp_path), made)
+    legacy = {
+        "hook_point": f"blocks.1.attn.{point}",
+        "hook_point_head_index": 0,
+        "d_in": 8,
+        "d_sae": 20,
+        "model_name": "m",
+    }
+    (tmp_path / "cfg.json").write_text(json.dumps(legacy))
+    assert load_dictionary(tmp_path).hook_name == f"blocks.1.attn.{point}.0"
+
+
+def test_saelens_opens_a_dictionary_of_one_head(tmp_path: Path) -> None:
+    saelens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install 'sae-lens>=6'")
+    made, x = made_of("topk", origin=Origin.at("tiny", "blocks.1.attn.hook_z.3")), x_of()
+    save_dictionary(made, tmp_path)
+    theirs = saelens.saes.sae.SAE.load_from_disk(tmp_path)
+    assert (theirs.cfg.metadata.hook_name, theirs.cfg.metadata.hook_head_index) == ("blocks.1.attn.hook_z", 3)
+    torch.testing.assert_close(theirs(x), made(x), atol=1e-5, rtol=1e-5)
+    theirs.save_model(tmp_path / "theirs")
+    assert_same(load_dictionary(tmp_path / "theirs"), made)
 
 
 def test_saelens_opens_heads_and_refuses_what_it_cannot_hold(tmp_path: Path) -> None:

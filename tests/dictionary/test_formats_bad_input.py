@@ -24,11 +24,18 @@ from microtome.dictionary.formats import FORMATS, read_dictionary, save_dictiona
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GEMMA_2 = "gemma-scope-2-270m-pt"
-OURS = {"microtome": "sparsify/layers.4", "microtome_layers": "llamascopium/clt_topk"}  # written from these
+OURS = {  # written from these
+    "microtome": "sparsify/layers.4",
+    "microtome_layers": "llamascopium/clt_topk",
+    "microtome_pursuit": "saelens/matching_pursuit",
+}
 # One or more of each format: a folder, a file with weights, and the tensors that may be missing or say nothing about the codes.
 CASES: list[tuple[str, str, set[str]]] = [
     ("saelens/topk", "sae_weights.safetensors", set()),
     ("saelens/gated", "sae_weights.safetensors", set()),
+    ("saelens/abstopk", "sae_weights.safetensors", set()),
+    ("saelens_checkpoint/matching_pursuit", "sae_weights.safetensors", set()),
+    ("microtome_pursuit", "sae_weights.safetensors", set()),
     ("saelens/jumprelu_skip_transcoder", "sae_weights.safetensors", set()),
     ("saelens_checkpoint/batchtopk", "sae_weights.safetensors", set()),
     ("saelens_checkpoint/whitened_gated", "activation_whitening.safetensors", set()),
@@ -45,6 +52,8 @@ CASES: list[tuple[str, str, set[str]]] = [
     ("llama_scope/Llama3_1-8B-Base-L3R-8x", "checkpoints/final.safetensors", {"decoder.bias"}),
     ("clt/jump_relu", "W_enc_1.safetensors", set()),
     ("clt/relu", "W_dec_1.safetensors", set()),
+    ("circuit_tracer", "layer_1.safetensors", {"activation_function.threshold", "W_skip"}),
+    ("qwen_scope/SAE-Res-Qwen3-1.7B-Base-W32K-L0_3", "layer3.sae.pt", set()),
     ("microtome", "sae_weights.safetensors", set()),
     ("microtome_layers", "sae_weights.safetensors", set()),
     ("openai", "8.pt", {"stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"}),
@@ -55,11 +64,17 @@ IDS = [f"{name}-{file}" for name, file, _ in CASES]
 def folder_of(name: str, to: Path) -> Path:
     """A copy of one of the fixtures, in a folder of the same name."""
     folder = to / name
-    if name == "openai":
+    if name == "circuit_tracer":  # one of its layers
+        shutil.copytree(FIXTURES / "circuit_tracer/jump_relu_skip", folder)
+        (folder / "layer_0.safetensors").unlink()
+    elif name == "openai":
         Autoencoder(topk()).save(folder / "8.pt")
     elif name in OURS:
         folder.mkdir()
-        save_dictionary(read_dictionary(FIXTURES / OURS[name]).dictionary, folder)
+        made = read_dictionary(FIXTURES / OURS[name]).dictionary
+        if name == "microtome_pursuit":
+            made.get_parameter("b_enc").fill_(0.1)  # which SAELens's have not
+        save_dictionary(made, folder)
     else:
         shutil.copytree(FIXTURES / name, folder)
     return folder
@@ -173,6 +188,9 @@ def test_pickles_by_another_name(name: str, file: str, free: set[str], tmp_path:
 CONFIGS = [
     ("saelens/topk", "cfg.json"),
     ("saelens/old_topk", "cfg.json"),
+    ("saelens/abstopk", "cfg.json"),
+    ("saelens_checkpoint/matching_pursuit", "cfg.json"),
+    ("microtome_pursuit", "cfg.json"),
     ("saelens/jumprelu_skip_transcoder", "cfg.json"),
     ("saelens_checkpoint/standard", "cfg.json"),
     ("saelens_checkpoint/standard", "activation_scaler.json"),
@@ -290,6 +308,8 @@ ONE_EACH = [
     "llamascopium/relu",
     "llama_scope/Llama3_1-8B-Base-L3R-8x",
     "clt/relu",
+    "circuit_tracer",
+    "qwen_scope/SAE-Res-Qwen3-1.7B-Base-W32K-L0_3",
     "openai",
 ]
 

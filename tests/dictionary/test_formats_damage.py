@@ -43,9 +43,16 @@ def change_weights(file: Path, change: Callable[[dict[str, Tensor]], object]) ->
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("topk", {"architecture": "temporal"}, "the tokens before. Got: architecture 'temporal'.*standard, topk"),
-        ("topk", {"architecture": "abstopk"}, "its codes have signs"),
-        ("topk", {"architecture": "matching_pursuit"}, "one after the other"),
+        ("topk", {"architecture": "temporal"}, "encoded by itself. Got: architecture 'temporal'.*standard, topk"),
+        ("topk", {"architecture": "matching_pursuit"}, "a tensor W_enc, which another kind has"),
+        ("matching_pursuit", {"architecture": "topk", "k": 3}, r"W_enc None. Expected: W_enc \(8, 16\)"),
+        ("matching_pursuit", {"residual_threshold": "low"}, "residual_threshold 'low'. Expected: a number"),
+        ("matching_pursuit", {"residual_threshold": float("nan")}, "residual_threshold nan. Expected: a number"),
+        ("matching_pursuit", {"residual_threshold": 10**400}, "residual_threshold 1000.*Expected: a number"),
+        ("matching_pursuit", {"max_iterations": 0}, "max_iterations 0. Expected: a positive integer"),
+        ("matching_pursuit", {"stop_on_duplicate_support": "no"}, "stop_on_duplicate_support 'no'. Expected: true or"),
+        ("matching_pursuit", {"normalize_activations": "covariance_whitening"}, "pursuit on whitened activations"),
+        ("abstopk", {"k": 17}, "k 17, d_sae 16"),
         ("topk", {"architecture": "sparsemax"}, "architecture 'sparsemax'"),
         ("standard", {"architecture": "gated"}, r"r_mag None. Expected: r_mag \(16,\)"),
         ("jumprelu", {"architecture": "jumprelu_transcoder"}, "apply_b_dec_to_input True"),
@@ -60,7 +67,23 @@ def change_weights(file: Path, change: Callable[[dict[str, Tensor]], object]) ->
         ("topk", {"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input 'yes'"),
         ("standard", {"normalize_activations": "expected_average_only_in"}, "norm_scaling_factor"),
         ("transcoder", {"normalize_activations": "layer_norm"}, "only an autoencoder of one point"),
-        ("standard", {"metadata": {"sae_lens_version": "6.1.0", "hook_head_index": 3}}, "hook_head_index 3"),
+        *[
+            (
+                "standard",
+                {"metadata": {"sae_lens_version": "6.1.0", "hook_name": hook, "hook_head_index": head}},
+                message,
+            )
+            for hook, head, message in (
+                (
+                    "blocks.3.hook_resid_pre",
+                    3,
+                    "head_index 3. Expected: null, because blocks.3.hook_resid_pre is no point",
+                ),
+                ("blocks.3.attn.hook_z", -1, "hook_head_index -1. Expected: the number of a head, or null"),
+                ("blocks.3.attn.hook_z", True, "hook_head_index True"),
+                (None, 3, "hook_head_index 3. Expected: null, because unknown is no point with heads"),
+            )
+        ],
     ],
 )
 def test_saelens_configs(name: str, values: dict[str, object], message: str, tmp_path: Path) -> None:

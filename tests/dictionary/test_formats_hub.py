@@ -88,6 +88,19 @@ def test_a_whole_repository(cache: Path) -> None:
     assert made.fingerprint == load_cross_layer_transcoder(FIXTURES / "clt/jump_relu").fingerprint
 
 
+def test_releases_whose_dictionaries_are_files(cache: Path) -> None:
+    """With and without the file's ending, and the config beside it."""
+    name = "SAE-Res-Qwen3-1.7B-Base-W32K-L0_100"
+    put(cache, f"Qwen/{name}", "", "qwen_scope/SAE-Res-Qwen3-1.7B-Base-W32K-L0_3")
+    with pytest.raises(ArtifactError, match="k 100, d_sae 16"):  # the k of the release, and of weights that are not its
+        load_dictionary("qwen-scope-3-1.7b-base-w32k-l100/layer3")
+    put(cache, "mwhanna/qwen3-4b-transcoders", "", "circuit_tracer/relu")
+    for id_ in ("layer_1", "layer_1.safetensors"):
+        made = load_dictionary(f"mwhanna-qwen3-4b-transcoders/{id_}")
+        assert (made.model_name, made.hook_name) == ("Qwen/Qwen3-4B", "blocks.1.ln2.hook_normalized")
+    assert made.fingerprint == load_dictionary(FIXTURES / "circuit_tracer/relu/layer_1.safetensors").fingerprint
+
+
 def test_what_is_not_there(cache: Path) -> None:
     put(cache, "someone/saes", "layers.3", "sparsify/layers.3", "cfg.json")
     for address in ("hf://someone/saes/layers.3", "hf://someone/saes/layers.9", "hf://nobody/nothing/x"):

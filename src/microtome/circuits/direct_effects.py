@@ -211,7 +211,7 @@ class _Split:
         x = self.cache[str(at)].flatten(2)
         codes = sae.encode(x.reshape(-1, sae.d_in))
         dense = codes.to_dense()
-        alive = (dense > 0).any(0).nonzero()[:, 0]
+        alive = (dense != 0).any(0).nonzero()[:, 0]
         shape = x.shape[:2]
         firing = dense[:, alive].view(*shape, -1).to(back)
         latents = firing * (back @ sae.W_dec[alive].to(back).T)
@@ -361,7 +361,8 @@ def _check(model: HookedModel, by: By, dictionary: Dictionary | None) -> None:
         raise InputError('A dictionary is needed for by="feature", and for nothing else')
     if dictionary is not None:
         check_fit(model, dictionary)
-        if HookName.parse(dictionary.hook_name).point not in _POINTS:
+        at = HookName.parse(dictionary.hook_name)
+        if at.point not in _POINTS or at.head is not None:
             raise ModelError(
                 "What a dictionary at this point stands for is not written into the stream",
                 got=dictionary.hook_name,

@@ -31,6 +31,8 @@ class Options(CommandOptions):
     """The scale of the activations in training, where the files do not say."""
     fold_decoder_norms: bool = False
     """Write decoder rows of norm one, and the codes larger by what they had."""
+    split_signs: bool = False
+    """Write an AbsTopK dictionary as a TopK with a latent for each sign, which can be indexed."""
     dtype: DTypeName = "fp32"
     """The dtype of the written weights."""
     overwrite: bool = False
@@ -41,6 +43,8 @@ def run(options: Options) -> dict[str, Any]:
     """Read, write, and say what was read."""
     from microtome.common.artifacts import draft
     from microtome.common.device import parse_dtype
+    from microtome.common.errors import ConfigError
+    from microtome.dictionary import Dictionary, split_signs
     from microtome.dictionary.formats import Hints, log_sparsity, read_dictionary, save_dictionary
 
     hints = Hints(
@@ -51,13 +55,23 @@ def run(options: Options) -> dict[str, Any]:
     )
     reading = read_dictionary(options.source, options.format, hints)
     made = reading.dictionary.to(dtype=parse_dtype(options.dtype))
-    settings = {"source": options.source, "format": reading.format, "fold_decoder_norms": options.fold_decoder_norms}
+    beside = made.path
+    if options.split_signs:
+        if not isinstance(made, Dictionary):
+            raise ConfigError("Only an AbsTopK dictionary has signs to split", got=made.architecture)
+        made = split_signs(made)
+    settings = {
+        "source": options.source,
+        "format": reading.format,
+        "fold_decoder_norms": options.fold_decoder_norms,
+        "split_signs": options.split_signs,
+    }
     out = draft(options.out, "dictionary", settings, overwrite=options.overwrite)
     save_dictionary(
         made,
         out.folder,
         fold_decoder_norms=options.fold_decoder_norms,
-        log_sparsity=log_sparsity(made.path) if made.path.is_dir() else None,
+        log_sparsity=log_sparsity(beside) if beside.is_dir() and not options.split_signs else None,
     )
     out.publish(overwrite=options.overwrite, source=options.source, notes=list(reading.notes))
     written = read_dictionary(options.out)

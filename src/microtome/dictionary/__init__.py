@@ -38,6 +38,7 @@ from microtome.dictionary.masks import MaskConfig
 from microtome.dictionary.probe_tasks import built_in_tasks
 from microtome.dictionary.probing import Probing, probing
 from microtome.dictionary.replacement import as_replacement, replacement_logits
+from microtome.dictionary.signs import split_signs
 from microtome.dictionary.similarity import Similarity, similarity
 from microtome.dictionary.surface import LayeredDictionary, SparseDictionary
 from microtome.dictionary.targeted import scr, tpp
@@ -100,6 +101,7 @@ __all__ = [
     "save_dictionary",
     "scr",
     "similarity",
+    "split_signs",
     "tpp",
     "train",
     "train_cross_layer",

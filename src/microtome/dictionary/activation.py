@@ -1,12 +1,14 @@
 """The activation functions of dictionaries: from pre-activations to codes.
 
-Each is a small module that holds its own numbers. All are homogeneous in a latent's scale: `scale_(c)` changes the
+Each is a small module that holds its own numbers. `MatchingPursuit` alone needs more than the pre-activations
+(`pursuit.py`). All are homogeneous in a latent's scale: `scale_(c)` changes the
 numbers so that `c · pre` gives `c · f`, which is what folds input scales and decoder norms into the weights.
 
 | module     | f                                                         | source                                   |
 |------------|-----------------------------------------------------------|------------------------------------------|
 | `ReLU`     | ReLU(pre)                                                 | Bricken et al. 2023                      |
 | `TopK`     | ReLU of the k largest                                     | Gao et al. 2024, arXiv 2406.04093, §2.3  |
+| `AbsTopK`  | the k of largest absolute value, with their signs         | AbsTopK, ICLR 2026, arXiv 2510.00404     |
 | `GroupTopK`| ReLU of the k / G largest of each of G groups of neighbours | llamascopium's crosscoders             |
 | `GroupMax` | ReLU of the largest of each of k groups of neighbours     | sparsify                                 |
 | `JumpReLU` | pre · 1[pre > θ] · 1[pre > 0]                             | Rajamanoharan et al. 2024, 2407.14435    |
@@ -20,6 +22,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from microtome.common.config import require
 from microtome.dictionary.codes import SparseCodes
@@ -39,6 +42,20 @@ class Activation(nn.Module, ABC):
     """From pre-activations to codes. `bias` is the dictionary's b_enc, which `Gated` needs (there it is b_gate)."""
 
     name: ClassVar[str]
+    signed: ClassVar[bool] = False
+    """Whether codes can be below zero."""
+    at_once: ClassVar[bool] = True
+    """Whether the codes are a function of the pre-activations."""
+
+    def encode(
+        self,
+        x: Float[Tensor, "n d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+    ) -> SparseCodes:
+        """The codes of inputs from which b_dec is taken already where it has to be."""
+        return self.codes(functional.linear(x, encoder, bias), bias)
 
     @abstractmethod
     def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
@@ -92,6 +109,16 @@ class TopK(Activation):
 
     def check(self, d_sae: int) -> None:
         require(self.k <= d_sae, "k must be at most d_sae", got=f"k {self.k}, d_sae {d_sae}")
+
+
+class AbsTopK(TopK):
+    """The k pre-activations of largest absolute value of each row, with their signs: a latent fires in two directions."""
+
+    name, signed = "abstopk", True
+
+    def codes(self, pre: Float[Tensor, "n d_sae"], bias: Float[Tensor, " d_sae"]) -> SparseCodes:
+        indices = top_k(pre.abs(), self.k)
+        return SparseCodes(indices, pre.gather(1, indices), pre.shape[1])
 
 
 class GroupTopK(Activation):

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class SparseCodes:
-    """The latents that may fire on each row: `indices` and `values` `[n, k]`; a value of 0 is a place that is not used."""
+    """The latents that may fire on each row: `indices` and `values` `[n, k]`; a value of 0 is a place that is not used.
+    Values below zero are of dictionaries whose latents fire in two directions (AbsTopK)."""
 
     indices: Int[Tensor, "n k"]
     values: Float[Tensor, "n k"]
@@ -18,10 +19,11 @@ class SparseCodes:
 
     @classmethod
     def of_dense(cls, f: Float[Tensor, "n d_sae"]) -> "SparseCodes":
-        """The positive entries of `f`, with as many places as the fullest row needs (at least one)."""
-        counts = (f > 0).sum(1)
+        """The entries of `f` that are not zero, with as many places as the fullest row needs (at least one)."""
+        fires = f != 0
+        counts = fires.sum(1)
         width = max(1, int(counts.max()) if len(f) else 1)
-        rows, latents = (f > 0).nonzero(as_tuple=True)
+        rows, latents = fires.nonzero(as_tuple=True)
         place = torch.arange(len(rows), device=f.device) - (counts.cumsum(0) - counts)[rows]
         indices = latents.new_zeros(len(f), width)
         values = f.new_zeros(len(f), width)
@@ -36,7 +38,7 @@ class SparseCodes:
     @property
     def l0(self) -> Float[Tensor, " n"]:
         """How many latents fire on each row."""
-        return (self.values > 0).sum(1).to(self.values.dtype)
+        return (self.values != 0).sum(1).to(self.values.dtype)
 
     def within(self, first: int, stop: int) -> "SparseCodes":
         """Of the latents `first` … `stop − 1` alone, numbered from zero."""

@@ -55,6 +55,11 @@ class CrossLayerTranscoder(nn.Module):
             got=len(activations),
             expected=f"1 or {layers}",
         )
+        require(
+            all(each.at_once for each in activations),
+            "A cross-layer transcoder has codes of pre-activations",
+            got=", ".join(each.name for each in activations),
+        )
         self.n_layers, self.d_model, self.width = layers, d_model, width
         self.d_in = self.d_out = layers * d_model
         self.d_sae = layers * width

@@ -85,6 +85,11 @@ class Dictionary(nn.Module):
         super().__init__()
         d_out = d_in if d_out is None else d_out
         require(not center or d_in == d_out, "Only an autoencoder can take b_dec from its input", got=(d_in, d_out))
+        require(
+            activation.at_once or d_in == d_out,
+            "A matching pursuit takes what it found from its input, so it reads and writes equally much",
+            got=f"d_in {d_in}, d_out {d_out}",
+        )
         require(input_norm in get_args(InputNorm), "Unknown input_norm", got=input_norm, expected=get_args(InputNorm))
         activation.check(d_sae)
         require(
@@ -173,13 +178,12 @@ class Dictionary(nn.Module):
     # ---- use ----------------------------------------------------------------------------------------------------------
 
     def pre_activations(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-        """(N(x) − b_dec) W_enc + b_enc, in the weights' dtype."""
-        rows, _ = self._normalised(x.to(self.b_dec.dtype))
-        return functional.linear(rows - self.b_dec if self.center else rows, self.encoder, self.b_enc)
+        """(N(x) − b_dec) W_enc + b_enc, in the weights' dtype; of a matching pursuit those of its first step."""
+        return functional.linear(self._inside(x), self.encoder, self.b_enc)
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
         """The codes of each row."""
-        return self.activation.codes(self.pre_activations(x), self.b_enc)
+        return self.activation.encode(self._inside(x), self.encoder, self.b_enc, self.W_dec)
 
     def decode(self, codes: SparseCodes, x: Float[Tensor, "n d_in"] | None = None) -> Float[Tensor, "n d_out"]:
         """f W_dec + b_dec, and what of it depends on the input. Raises InputError when that is needed and not given."""
@@ -199,6 +203,11 @@ class Dictionary(nn.Module):
         """The reconstruction (or prediction) for activations of any leading shape, in their own dtype."""
         rows = x.reshape(-1, self.d_in)
         return self.decode(self.encode(rows), rows).to(x.dtype).view(*x.shape[:-1], self.d_out)
+
+    def _inside(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """What the encoder multiplies: N(x) − b_dec."""
+        rows, _ = self._normalised(x.to(self.b_dec.dtype))
+        return rows - self.b_dec if self.center else rows
 
     def _normalised(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Scales | None]:
         if self.input_norm == "none":

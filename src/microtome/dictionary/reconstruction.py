@@ -84,7 +84,7 @@ class Reconstruction:
         self.text.add(y, decoded)
         usual = ~is_sink(y)
         self.without_sinks.add(y[usual], decoded[usual])
-        self.fired += torch.bincount(codes.indices[codes.values > 0], minlength=self.dictionary.d_sae).cpu()
+        self.fired += torch.bincount(codes.indices[codes.values != 0], minlength=self.dictionary.d_sae).cpu()
         self.units.add_vectors(y, unit)
         per_row = {"n": torch.ones(len(y)), "l0": codes.l0, **_closeness(y, decoded, "")}
         for part in self.parts if len(self.parts) > 1 else ():

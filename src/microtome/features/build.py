@@ -32,7 +32,7 @@ from microtome.dictionary.surface import latents_by_input
 from microtome.features.config import KIND, IndexConfig, IndexRecord, PointLatents, histogram_edges
 from microtome.features.index import FeatureIndex, open_index
 from microtome.features.summary import FeatureSummary
-from microtome.features.weights import check_widths, weight_facts
+from microtome.features.weights import check_signs, check_widths, weight_facts
 from microtome.features.write import DocumentOf, write_tables
 from microtome.model import HookedModel, HookName
 from microtome.text import TokenDataset
@@ -62,10 +62,11 @@ def build_index(
     `metrics` are numbers about the dictionary that the index shows. Goes on with a build that was stopped, and simply
     opens one that is complete and was made with the same settings.
 
-    Raises ConfigError or ModelError when the dictionary does not fit the model or is a set with outputs of several
-    widths, InputError when the store is of other
-    data, ArtifactError when `out` holds, or was begun with, other settings (each difference is named).
+    Raises ConfigError or ModelError when the dictionary does not fit the model, has codes below zero, or is a set with
+    outputs of several widths, InputError when the store is of other data, ArtifactError when `out` holds, or was begun
+    with, other settings (each difference is named).
     """
+    check_signs(sae)
     check_fit(model, sae)
     check_widths(sae)
     tokenizer = _tokenizer(model)

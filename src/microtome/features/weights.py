@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from microtome.common.errors import ConfigError
 from microtome.dictionary import CrossLayerTranscoder, Dictionary, DictionarySet, SparseDictionary
+from microtome.dictionary.activation import Activation
 from microtome.features.config import IndexConfig
 from microtome.features.write import WeightFacts
 from microtome.model import HookedModel, HookName
@@ -104,6 +105,17 @@ def check_widths(sae: SparseDictionary) -> None:
             "The dictionaries of this set have outputs of several widths, which share no space",
             got=", ".join(map(str, sae.out_widths)),
             fix="Index them one by one",
+        )
+
+
+def check_signs(sae: nn.Module) -> None:
+    """Raise ConfigError for latents that fire in two directions: bands, histograms and top examples are of one."""
+    signed = [each.name for each in sae.modules() if isinstance(each, Activation) and each.signed]
+    if signed:
+        raise ConfigError(
+            "An index holds codes above zero, and this dictionary has some below",
+            got=f"activation {signed[0]}",
+            fix="Give each latent's two directions a latent of their own: split_signs, or microtome convert --split-signs",
         )
 
 

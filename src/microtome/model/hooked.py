@@ -25,7 +25,7 @@ from microtome.model.factored import FactoredMatrix
 from microtome.model.generation import Generation, Generator, Stream
 from microtome.model.generation_config import GenerateConfig
 from microtome.model.hook_point import HookFn, HookPoint
-from microtome.model.names import HookName, canonical, matches
+from microtome.model.names import HEAD_AXIS, WITH_HEADS, HookName, canonical, matches, one_head
 from microtome.model.parameters import input_device
 from microtome.model.places import Decoding
 from microtome.model.prompts import Prompts, Side
@@ -109,9 +109,13 @@ class HookedModel:
             if not matched:
                 raise ModelError(f"No hook point of {self.name} matches {text!r}", fix="model.hook_points lists them")
             return matched
-        name = self._by_text.get(canonical(text, gated=isinstance(self.spec.mlp, Gated)))
+        full = canonical(text, gated=isinstance(self.spec.mlp, Gated))
+        name = self._by_text.get(full)
         if name is not None:
             return [name]
+        whole = self._by_text.get(full.rpartition(".")[0])
+        if whole is not None and whole.axes in WITH_HEADS:
+            return [one_head(full, getattr(self.config, whole.axes[HEAD_AXIS]))]
         layer = text.split(".")[1] if text.startswith("blocks.") and text.count(".") > 1 else ""
         if layer.isdigit() and int(layer) >= self.config.n_layers:
             raise ModelError(

@@ -1,7 +1,8 @@
 """Hook points: their names (TransformerLens's), axes and order, parsed once into `HookName`.
 
-A name is either global (`hook_embed`) or belongs to a block (`blocks.6.hook_resid_pre`). `POINTS` lists what Microtome
-knows in the order in which a forward pass reaches it; which of them a model has is said by its family's spec.
+A name is either global (`hook_embed`) or belongs to a block (`blocks.6.hook_resid_pre`). A number behind a point with heads is
+one of them (`blocks.6.attn.hook_z.3`): the point as if there were no other head. `POINTS` lists what Microtome knows in the
+order in which a forward pass reaches it; which of them a model has is said by its family's spec.
 """
 
 import fnmatch
@@ -17,6 +18,8 @@ QUERY_HEADS = ("batch", "pos", "n_heads", "d_head")
 KV_HEADS = ("batch", "pos", "n_kv_heads", "d_head")
 HEAD_INPUTS = ("batch", "pos", "n_heads", "d_model")
 KV_INPUTS = ("batch", "pos", "n_kv_heads", "d_model")
+WITH_HEADS, HEAD_AXIS = (QUERY_HEADS, KV_HEADS, HEAD_INPUTS, KV_INPUTS), 2
+"""Points of which one head is a point too, and where its axis is."""
 PATTERN = ("batch", "n_heads", "query", "key")
 NEURONS = ("batch", "pos", "d_mlp")
 EXPERTS = ("batch", "pos", "top_k")
@@ -92,6 +95,7 @@ ALIASES = {
 }
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_HEAD = re.compile(r"(.+)\.(\d+)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.+)")
 _ORDER = {point: i for i, point in enumerate(POINTS)}
 
@@ -100,19 +104,23 @@ _ORDER = {point: i for i, point in enumerate(POINTS)}
 @dataclass(frozen=True, slots=True)
 class HookName:
     """One hook point of a model: `point` as in `POINTS`, `layer` for the points of a block, `expert` for those of an
-    expert. Sorts by depth."""
+    expert, `head` for one head of a point that has several. Sorts by depth."""
 
     point: str
     layer: int | None = None
     expert: int | None = None
+    head: int | None = None
 
     @classmethod
     @cache
     def parse(cls, text: str) -> "HookName":
-        """`"blocks.6.hook_resid_pre"` or `"hook_embed"`. Raises ModelError for a name of any other form."""
+        """`"blocks.6.hook_resid_pre"`, `"hook_embed"`, or `"blocks.6.attn.hook_z.3"`. Raises ModelError for a name of any other
+        form."""
         match = _BLOCK.fullmatch(text)
         point, layer = (match[2], int(match[1])) if match else (text, None)
-        expert = None
+        expert = head = None
+        if (one := _HEAD.fullmatch(point)) and IN_BLOCK.get(one[1], ()) in WITH_HEADS:
+            point, head = one[1], int(one[2])
         if layer is not None and (inner := _EXPERT.fullmatch(point)):
             point, expert = f"mlp.experts.{{j}}.{inner[2]}", int(inner[1])
         known = IN_BLOCK if match else {**BEFORE_BLOCKS, **AFTER_BLOCKS}
@@ -120,16 +128,23 @@ class HookName:
             layer_text = "0" if layer is None else str(layer)
             names = [*BEFORE_BLOCKS, *(f"blocks.{layer_text}.{p}" for p in IN_BLOCK), *AFTER_BLOCKS]
             raise unknown_name("hook point", text, names, ModelError)
-        return cls(point, layer, expert)
+        return cls(point, layer, expert, head)
 
     def __str__(self) -> str:
         point = self.point if self.expert is None else self.point.format(j=self.expert)
-        return point if self.layer is None else f"blocks.{self.layer}.{point}"
+        head = "" if self.head is None else f".{self.head}"
+        return point if self.layer is None else f"blocks.{self.layer}.{point}{head}"
+
+    @property
+    def of_all_heads(self) -> "HookName":
+        """The point of which this is one head; itself, if it is of none."""
+        return self if self.head is None else HookName(self.point, self.layer)
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The names of the axes of the tensor at this point."""
-        return POINTS[self.point]
+        axes = POINTS[self.point]
+        return axes if self.head is None else (*axes[:HEAD_AXIS], *axes[HEAD_AXIS + 1 :])
 
     @property
     def pos_axis(self) -> int | None:
@@ -141,11 +156,20 @@ class HookName:
         """A key that grows along the forward pass."""
         order = _ORDER[self.point]
         if self.layer is not None:
-            return (self.layer, order, -1 if self.expert is None else self.expert)
+            inner = self.head if self.expert is None else self.expert
+            return (self.layer, order, -1 if inner is None else inner)
         return (-1, order, -1) if self.point in BEFORE_BLOCKS else (1 << 30, order, -1)
 
     def __lt__(self, other: "HookName") -> bool:
         return self.depth < other.depth
+
+
+def one_head(text: str, n: int) -> HookName:
+    """One head of a point that has `n`. Raises ModelError for a head that is not there."""
+    head = text.rpartition(".")[2]
+    if not head.isdecimal() or int(head) >= n:
+        raise ModelError(f"There is no hook point {text!r}", got=f"head {head}", expected=f"a head from 0 to {n - 1}")
+    return HookName.parse(text)
 
 
 def matches(pattern: str, name: HookName) -> bool:
@@ -162,7 +186,9 @@ def canonical(text: str, *, gated: bool) -> str:
     match = _BLOCK.fullmatch(text)
     if not match:
         return text
-    point = match[2]
+    point, head = match[2], ""
+    if (one := _HEAD.fullmatch(point)) and one[1] in ALIASES:
+        point, head = one[1], f".{one[2]}"
     if point == "mlp.in.hook_out":
         point = "mlp.hook_pre_linear" if gated else "mlp.hook_pre"
-    return f"blocks.{match[1]}.{ALIASES.get(point, point)}"
+    return f"blocks.{match[1]}.{ALIASES.get(point, point)}{head}"

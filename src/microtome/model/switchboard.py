@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from microtome.model.names import HookName
 from microtome.model.stations import Station, Undo
-from microtome.model.taps import Run, Tap
+from microtome.model.taps import Run, Tap, of_all_heads
 
 
 class Switchboard:
@@ -34,7 +34,7 @@ class Switchboard:
     @contextmanager
     def connected(self, taps: Sequence[Tap]) -> Iterator[None]:
         """Within the block, the module calls these taps too."""
-        self._groups.append(taps)
+        self._groups.append([of_all_heads(tap) for tap in taps])
         try:
             self._lay()
             yield

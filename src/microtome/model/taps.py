@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from microtome.common.errors import ModelError
-from microtome.model.names import HookName
+from microtome.model.names import HEAD_AXIS, HookName
 
 TapFn = Callable[[Tensor], Tensor | None]
 
@@ -57,6 +57,24 @@ class StopForward(Exception):  # noqa: N818 - not an error: how a run ends early
     """Raised inside a hook when everything that was asked for has been seen."""
 
 
+def of_all_heads(tap: Tap) -> Tap:
+    """A tap of one head as a tap of the whole point, which leaves the other heads as they are."""
+    head = tap.name.head
+    if head is None:
+        return tap
+
+    def whole(activation: Tensor) -> Tensor | None:
+        part = activation.select(HEAD_AXIS, head)  # a view: what is changed in place in it is changed in the whole
+        answer = tap.fn(part)
+        if answer is None or (answer is part and not tap.through):
+            return None
+        if answer.shape != part.shape:
+            raise _other_shape(tap.name, answer, part)
+        return activation.select_scatter(answer.to(device=part.device, dtype=part.dtype), HEAD_AXIS, head)
+
+    return Tap(tap.name.of_all_heads, whole, through=tap.through, reads=tap.reads)
+
+
 def visit(taps: Sequence[Tap], activation: Tensor) -> tuple[Tensor, bool]:
     """Show an activation to its taps in turn. Returns the tensor to go on with, and whether the model has to take it.
 
@@ -70,15 +88,19 @@ def visit(taps: Sequence[Tap], activation: Tensor) -> tuple[Tensor, bool]:
             needed |= tap.through or version != _version(activation) or (version is None and answer is not None)
             continue
         if answer.shape != activation.shape:
-            raise ModelError(
-                f"The hook at {tap.name} returned a tensor of another shape",
-                got=tuple(answer.shape),
-                expected=f"{tuple(activation.shape)} ({', '.join(tap.name.axes)})",
-            )
+            raise _other_shape(tap.name, answer, activation)
         answer = answer.to(device=activation.device, dtype=activation.dtype)
         needed |= tap.through or answer.requires_grad or not torch.equal(answer, activation)
         activation = answer
     return activation, needed
+
+
+def _other_shape(name: HookName, answer: Tensor, wanted: Tensor) -> ModelError:
+    return ModelError(
+        f"The hook at {name} returned a tensor of another shape",
+        got=tuple(answer.shape),
+        expected=f"{tuple(wanted.shape)} ({', '.join(name.axes)})",
+    )
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -17,6 +17,8 @@ from microtome.common.errors import ArtifactError, ConfigError, unknown_name
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.dictionary_set import DictionarySet
+from microtome.dictionary.formats.circuit_tracer import FILE as LAYER_FILE
+from microtome.dictionary.formats.circuit_tracer import FORMAT as CIRCUIT_TRACER
 from microtome.dictionary.formats.dictionary_learning import FORMAT as DICTIONARY_LEARNING
 from microtome.dictionary.formats.gemma_scope import FORMAT as GEMMA_SCOPE
 from microtome.dictionary.formats.gemma_scope_2 import FORMAT as GEMMA_SCOPE_2
@@ -26,6 +28,8 @@ from microtome.dictionary.formats.llamascopium import FORMAT as LLAMASCOPIUM
 from microtome.dictionary.formats.mntss import FORMAT as MNTSS
 from microtome.dictionary.formats.openai import FORMAT as OPENAI
 from microtome.dictionary.formats.own import FORMAT as OWN
+from microtome.dictionary.formats.qwen_scope import FILE as QWEN_FILE
+from microtome.dictionary.formats.qwen_scope import FORMAT as QWEN_SCOPE
 from microtome.dictionary.formats.reading import AnyDictionary, Format, Hints, Reading
 from microtome.dictionary.formats.releases import find_release
 from microtome.dictionary.formats.saelens import FORMAT as SAELENS
@@ -45,6 +49,8 @@ FORMATS: Mapping[str, Format] = {
         LLAMASCOPIUM,
         LLAMA_SCOPE,
         MNTSS,
+        CIRCUIT_TRACER,
+        QWEN_SCOPE,
     )
 }
 
@@ -141,7 +147,8 @@ def _placed(reading: Reading, device: str, dtype: str) -> AnyDictionary:
 
 
 def load_dictionaries(path: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> list[Dictionary]:
-    """All dictionaries in a folder of folders (of any formats), in the order of their names, 2 before 10.
+    """All dictionaries in a folder of folders (of any formats), or of files of single layers, in the order of their names, 2
+    before 10.
 
     Raises ArtifactError when there is none, or one cannot be read.
     """
@@ -176,13 +183,17 @@ def load_dictionary_or_set(name: str | Path, *, device: str = "cpu", dtype: str 
 
 
 def _folders(path: Path) -> list[Path]:
-    """The folders in this one that hold a dictionary, 2 before 10."""
-    folders = [each for each in path.iterdir() if each.is_dir()] if path.is_dir() else []
-    return [each for each in sorted(folders, key=_natural) if _is_dictionary(each)]
+    """What is in this folder and holds a dictionary, 2 before 10: folders, and the files of releases with one for each layer."""
+    inside = [each for each in path.iterdir() if each.is_dir() or _of_a_layer(each)] if path.is_dir() else []
+    return [each for each in sorted(inside, key=_natural) if _is_dictionary(each)]
+
+
+def _of_a_layer(file: Path) -> bool:
+    return any(name.fullmatch(file.name) for name in (LAYER_FILE, QWEN_FILE))
 
 
 def _members(path: Path) -> list[Path]:
-    """Its folders that hold a dictionary. Raises ArtifactError when there is none."""
+    """All in it that holds a dictionary. Raises ArtifactError when there is none."""
     found = _folders(path)
     if not found:
         raise ArtifactError(f"There are no dictionaries in {path}", got=_listing(path), expected="a folder for each")

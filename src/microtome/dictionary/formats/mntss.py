@@ -55,7 +55,9 @@ def read(folder: Path, hints: Hints) -> Reading:
         weights[f"W_dec.{layer}"] = file.take(f"W_dec_{layer}", width, layers - layer, d_model)
     if skips:
         weights["W_skip"] = torch.stack(skips)
-    said, notes = _config(folder)
+    said = flat_yaml(folder / CONFIG)
+    none = f"no {CONFIG}: the points are taken to be {READS} and {WRITES}"
+    notes = [] if (folder / CONFIG).is_file() else [none]
     origin = Origin(
         model_name=hints.model_name or hub_model(said.get("model_name", UNKNOWN)),
         inputs=tuple(f"blocks.{i}.{hints.hook_name or said.get('feature_input_hook', READS)}" for i in range(layers)),
@@ -89,15 +91,14 @@ def _of_all(folder: Path, what: str, found: list[Tensor | None]) -> list[Tensor]
     return given
 
 
-def _config(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The flat `key: value` lines of config.yaml: nothing else of YAML is in it."""
-    file = folder / CONFIG
+def flat_yaml(file: Path) -> dict[str, str]:
+    """The flat `key: value` lines of config.yaml, and nothing else of YAML; nothing of a file that is not there."""
     if not file.is_file():
-        return {}, [f"no {CONFIG}: the points are taken to be {READS} and {WRITES}"]
+        return {}
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{file} is damaged: {error}") from error
     pairs = [line.split("#")[0].partition(":") for line in lines]
     said = {key.strip(): value.strip().strip("\"'") for key, _, value in pairs if not key.startswith((" ", "-"))}
-    return {key: value for key, value in said.items() if value}, []
+    return {key: value for key, value in said.items() if value}

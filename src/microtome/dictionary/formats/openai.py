@@ -22,7 +22,7 @@ from microtome.dictionary.formats.values import is_whole
 
 NAME = "openai"
 _OTHERS = re.compile(
-    r"ae(_\d+)?\.pt|sae_weights\.pt|trainer_state\.pt|(lr_scheduler|optimizer|rank)_\d+(_state)?\.pt|state\.pt"
+    r"ae(_\d+)?\.pt|layer\d+\.sae\.pt|sae_weights\.pt|trainer_state\.pt|(lr_scheduler|optimizer|rank)_\d+(_state)?\.pt|state\.pt"
 )
 _PLACE = re.compile(r"gpt2-small/(\w+?)(?:_v\d\w*)?/autoencoders/(\d+)\.pt$")
 _POINTS = {  # of the README of their repository

@@ -12,7 +12,7 @@ from torch import Tensor
 from microtome.common.artifacts import read_json
 from microtome.common.config import from_dict, to_dict
 from microtome.common.errors import ArtifactError, ConfigError
-from microtome.dictionary.activation import Activation, Gated, GroupMax, GroupTopK, JumpReLU, ReLU, TopK
+from microtome.dictionary.activation import AbsTopK, Activation, Gated, GroupMax, GroupTopK, JumpReLU, ReLU, TopK
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary, InputNorm, Origin
 from microtome.dictionary.formats.reading import (
@@ -25,12 +25,14 @@ from microtome.dictionary.formats.reading import (
     build_cross_layer,
     leftover,
 )
-from microtome.dictionary.formats.saelens_cfg import CFG
+from microtome.dictionary.formats.saelens_cfg import CFG, read_pursuit
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
 from microtome.dictionary.formats.values import damaged, flag, table, whole
+from microtome.dictionary.pursuit import MatchingPursuit
 
 KEY, NAME, VERSION = "microtome", "microtome", 1
 WEIGHTS = "sae_weights.safetensors"
+_NUMBERS = ("k", "groups", "max_iterations", "residual_threshold", "stop_on_duplicate_support")
 _TENSORS = {"jumprelu": ("threshold",), "gated": ("r_mag", "b_mag")}
 
 
@@ -109,7 +111,7 @@ FORMAT = Format(
 
 
 def _describe(activation: Activation) -> dict[str, Any]:
-    numbers = {key: getattr(activation, key) for key in ("k", "groups") if hasattr(activation, key)}
+    numbers = {key: getattr(activation, key) for key in _NUMBERS if hasattr(activation, key)}
     return {"name": activation.name, **numbers}
 
 
@@ -121,6 +123,8 @@ def _activation(file: TensorFile, said: dict[str, Any], prefix: str, d_sae: int)
             return ReLU()
         case "topk":
             return TopK(whole(file.file, said, "k"))
+        case "abstopk":
+            return AbsTopK(whole(file.file, said, "k"))
         case "grouptopk":
             return GroupTopK(whole(file.file, said, "k"), whole(file.file, said, "groups"))
         case "groupmax":
@@ -129,7 +133,10 @@ def _activation(file: TensorFile, said: dict[str, Any], prefix: str, d_sae: int)
             return JumpReLU(*tensors)
         case "gated":
             return Gated(*tensors)
-    raise ConfigError("Unknown activation", got=name, expected="relu, topk, grouptopk, groupmax, jumprelu or gated")
+        case "matching_pursuit":
+            return MatchingPursuit(**vars(read_pursuit(file.file, said, whole(file.file, said, "max_iterations"))))
+    known = "relu, topk, abstopk, grouptopk, groupmax, jumprelu, gated or matching_pursuit"
+    raise ConfigError("Unknown activation", got=name, expected=known)
 
 
 def _dictionary(

@@ -1,5 +1,6 @@
 """What every format's reader is given and gives back, and how it makes a Dictionary from tensors."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,6 +216,14 @@ def _shift(made: Dictionary, shift: Float[Tensor, " d_sae"]) -> None:
     b_mag = getattr(made.activation, "b_mag", None)
     if b_mag is not None:
         b_mag.add_(shift * made.activation.get_parameter("r_mag").exp())
+
+
+def only_file(path: Path, name: re.Pattern[str]) -> Path | None:
+    """The file itself when it is called so, or the only one in a folder; else None."""
+    if path.is_file():
+        return path if name.fullmatch(path.name) else None
+    found = [each for each in path.iterdir() if name.fullmatch(each.name)] if path.is_dir() else []
+    return found[0] if len(found) == 1 else None
 
 
 def leftover(names: list[str]) -> tuple[str, ...]:

@@ -28,13 +28,15 @@ SETS: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """One release. `ids` maps the names of its dictionaries to folders, where these differ; `example` is one of them."""
+    """One release. `ids` maps the names of its dictionaries to folders, where these differ; `example` is one of them. Where
+    each is a file, `ending` is what the names leave out."""
 
     repo: str
     format: str
     model: str
     example: str
     notes: tuple[str, ...] = ()
+    ending: str = ""
     ids: Mapping[str, str] = field(default_factory=dict)
     centered: bool = False
     norm_scaling_factors: Mapping[str, float] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class Found:
 
     @property
     def folder(self) -> str:
-        folder = self.release.ids.get(self.id, self.id)
+        folder = self.release.ids.get(self.id, self.id.removesuffix(self.release.ending) + self.release.ending)
         return folder if not self.inside or folder.startswith(f"{self.inside}/") else f"{self.inside}/{folder}"
 
     @property

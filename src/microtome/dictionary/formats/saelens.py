@@ -6,14 +6,14 @@ What SAELens does around the encoder is folded into the weights, in its own orde
 """
 
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from microtome.common.artifacts import read_json
 from microtome.common.errors import ArtifactError
-from microtome.dictionary.activation import Activation, Gated, JumpReLU, ReLU, TopK
+from microtome.dictionary.activation import AbsTopK, Activation, Gated, JumpReLU, ReLU, TopK
 from microtome.dictionary.dictionary import Dictionary, InputNorm
 from microtome.dictionary.formats.hooks import on_the_stream
 from microtome.dictionary.formats.own import KEY, WEIGHTS
@@ -28,11 +28,14 @@ from microtome.dictionary.formats.reading import (
     fold_whitening,
     leftover,
 )
-from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, CFG, SaeLensCfg, parse_cfg
+from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, CFG, Pursuit, SaeLensCfg, parse_cfg
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
+from microtome.dictionary.pursuit import MatchingPursuit
 
 SPARSITY, SCALER, WHITENING = "sparsity.safetensors", "activation_scaler.json", "activation_whitening.safetensors"
 NAME = "saelens"
+# Tensors of some kinds alone, so that one which was not asked for belongs to another kind.
+_OF_SOME = ("threshold", "log_threshold", "topk_threshold", "r_mag", "b_mag", "b_gate", "W_skip", "attn_layers")
 
 
 def detect(folder: Path) -> bool:
@@ -45,6 +48,8 @@ def read(folder: Path, hints: Hints) -> Reading:
     cfg = parse_cfg(folder, read_json(folder / CFG))
     file = TensorFile(folder / WEIGHTS, read_safetensors(folder / WEIGHTS), CFG)
     notes: list[str] = ["the layout from before version 6"] if cfg.legacy else []
+    if cfg.pursuit:
+        return _read_pursuit(folder, cfg, cfg.pursuit, hints, file, notes)
     W_enc = file.take("W_enc", cfg.d_in, cfg.d_sae)
     W_dec = file.take("W_dec", cfg.d_sae, cfg.d_out)
     b_dec = file.take("b_dec", cfg.d_out)
@@ -52,8 +57,7 @@ def read(folder: Path, hints: Hints) -> Reading:
     W_dec = _finetuning(folder, cfg, file, W_dec, notes)
     scale = _scale(folder, cfg, hints, notes)
     activation, b_enc = _activation(cfg, file, W_dec, scale)
-    file.refuse("threshold", "log_threshold", "topk_threshold", "r_mag", "b_mag", "b_gate", "W_skip", "attn_layers")
-    norm = cfg.normalize if cfg.normalize in ("layer_norm", "constant_norm_rescale") else "none"
+    file.refuse(*_OF_SOME)
     made = build(
         folder,
         hints.applied(cfg.origin),
@@ -66,7 +70,7 @@ def read(folder: Path, hints: Hints) -> Reading:
             W_skip=None if skip is None else skip.T,
         ),
         center=cfg.center,
-        input_norm=cast(InputNorm, norm),
+        input_norm=_norm(cfg),
     )
     if cfg.rescale:
         fold_selection_norms(made)
@@ -97,6 +101,39 @@ def log_sparsity(folder: str | Path) -> Tensor | None:
     return tensors["sparsity"].float()
 
 
+def _read_pursuit(
+    folder: Path, cfg: SaeLensCfg, pursuit: Pursuit, hints: Hints, file: TensorFile, notes: list[str]
+) -> Reading:
+    """A matching pursuit: W_dec is its encoder as well, and b_dec is in its output only where it is taken from its input."""
+    if cfg.normalize == "covariance_whitening":
+        raise ArtifactError(
+            f"The dictionary at {folder} is a matching pursuit on whitened activations, which cannot be folded into one",
+            got=cfg.normalize,
+        )
+    file.refuse("W_enc", "b_enc", "scaling_factor", "finetuning_scaling_factor", *_OF_SOME)
+    W_dec, b_dec = file.take("W_dec", cfg.d_sae, cfg.d_in), file.take("b_dec", cfg.d_in)
+    # On activations without the scale the same rows find the same latents, with codes in the activations' own units.
+    scale = _scale(folder, cfg, hints, notes)
+    made = build(
+        folder,
+        hints.applied(cfg.origin),
+        MatchingPursuit(
+            pursuit.max_iterations,
+            pursuit.residual_threshold / scale,
+            stop_on_duplicate_support=pursuit.stop_on_duplicate_support,
+        ),
+        Weights(W_enc=W_dec.T, W_dec=W_dec, b_dec=b_dec / scale if cfg.center else None),
+        center=cfg.center,
+        input_norm=_norm(cfg),
+    )
+    _centering(made, cfg, hints, notes)
+    return Reading(dictionary=made, format=NAME, notes=(*notes, *leftover(file.left)))
+
+
+def _norm(cfg: SaeLensCfg) -> InputNorm:
+    return cast(InputNorm, cfg.normalize) if cfg.normalize in get_args(InputNorm) else "none"
+
+
 def _activation(cfg: SaeLensCfg, file: TensorFile, W_dec: Tensor, scale: float) -> tuple[Activation, Tensor]:
     """The activation, and the encoder's bias. Biases and thresholds are of the scaled activations and stay."""
     kind = ACTIVATIONS[cfg.architecture]
@@ -104,9 +141,9 @@ def _activation(cfg: SaeLensCfg, file: TensorFile, W_dec: Tensor, scale: float) 
         activation: Activation = Gated(file.take("r_mag", cfg.d_sae), file.take("b_mag", cfg.d_sae))
         return activation, file.take("b_gate", cfg.d_sae)
     b_enc = file.take("b_enc", cfg.d_sae)
-    if kind == "topk":
+    if kind in ("topk", "abstopk"):
         assert cfg.k is not None
-        return TopK(cfg.k), b_enc
+        return (TopK if kind == "topk" else AbsTopK)(cfg.k), b_enc
     if kind == "jumprelu":
         if "log_threshold" in file:  # of old checkpoints
             return JumpReLU(file.take("log_threshold", cfg.d_sae).exp()), b_enc
@@ -181,10 +218,11 @@ def _centering(made: Dictionary, cfg: SaeLensCfg, hints: Hints, notes: list[str]
     asked = hints.centered or cfg.model_kwargs.get("center_writing_weights")
     if not asked or not on_the_stream(made.hook_name):
         return
-    if made.input_norm == "constant_norm_rescale":
+    if made.input_norm == "constant_norm_rescale" or not made.activation.at_once:
+        what = made.activation.name if made.input_norm == "none" else "normalize_activations 'constant_norm_rescale'"
         raise ArtifactError(
-            f"The dictionary at {made.path} norms activations of mean zero, which cannot be folded into its weights",
-            got="center_writing_weights with normalize_activations 'constant_norm_rescale'",
+            f"The dictionary at {made.path} reads activations of mean zero in a way that cannot be folded into its weights",
+            got=f"center_writing_weights with {what}",
         )
     fold_centering(made)
     notes.append(

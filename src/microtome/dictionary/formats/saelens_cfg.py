@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from microtome.common.errors import ArtifactError
+from microtome.common.errors import ArtifactError, ModelError
 from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model
 from microtome.dictionary.formats.reading import UNKNOWN
-from microtome.dictionary.formats.values import damaged, table, text, whole
+from microtome.dictionary.formats.values import damaged, flag, is_number, table, text, whole
+from microtome.model import HookName
 
 CFG = "cfg.json"
 RENAMED = {
@@ -26,6 +27,8 @@ RENAMED = {
 ACTIVATIONS = {
     "standard": "relu",
     "topk": "topk",
+    "abstopk": "abstopk",
+    "matching_pursuit": "matching_pursuit",
     "jumprelu": "jumprelu",
     "gated": "gated",
     "batchtopk": "batchtopk",
@@ -37,11 +40,20 @@ ACTIVATIONS = {
 }
 # What no activation of Microtome computes, and why.
 REFUSED = {
-    "abstopk": "its codes have signs",
-    "matching_pursuit": "its codes are found one after the other, each from what the ones before it left",
-    "temporal": "its codes depend on the tokens before",
+    "temporal": "its codes depend on the tokens before, through attention over codes, and here each token's activation is "
+    "encoded by itself"
 }
+_LARGEST = 1e30
 NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pursuit:
+    """When a matching pursuit stops; the threshold is in units of the scaled activations."""
+
+    max_iterations: int
+    residual_threshold: float
+    stop_on_duplicate_support: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +65,7 @@ class SaeLensCfg:
     d_sae: int
     d_out: int
     k: int | None
+    pursuit: Pursuit | None
     center: bool
     normalize: str
     rescale: bool
@@ -81,11 +94,6 @@ def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
     normalize = flat.get("normalize_activations") or "none"
     _one_of(folder, "normalize_activations", normalize, NORMS)
     _one_of(folder, "reshape_activations", flat.get("reshape_activations"), ("none", "hook_z", None))
-    if metadata.get("hook_head_index") is not None:
-        raise ArtifactError(
-            f"The dictionary at {folder} reads one attention head, which cannot be read here",
-            got=f"hook_head_index {metadata['hook_head_index']!r}",
-        )
     kind = str(architecture)
     transcoder = kind.endswith("transcoder")
     center = flat.get("apply_b_dec_to_input", True)
@@ -99,14 +107,28 @@ def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
         d_in=d_in,
         d_sae=whole(file, flat, "d_sae"),
         d_out=whole(file, flat, "d_out") if transcoder else d_in,
-        k=whole(file, flat, "k") if kind == "topk" else None,
+        k=whole(file, flat, "k") if kind in ("topk", "abstopk") else None,
+        pursuit=read_pursuit(file, flat, d_in) if kind == "matching_pursuit" else None,
         center=center,
         normalize=normalize,
         rescale=_rescale(kind, flat),
         finetuned=bool(flat.get("finetuning_scaling_factor")),
-        origin=_origin(metadata, transcoder=transcoder),
+        origin=_origin(file, metadata, transcoder=transcoder),
         model_kwargs=table(file, metadata, "model_from_pretrained_kwargs"),
         legacy=legacy,
+    )
+
+
+def read_pursuit(file: Path, cfg: Mapping[str, Any], d_in: int) -> Pursuit:
+    """The three keys of a matching pursuit, with SAELens's defaults for those that are not there; no `max_iterations` is d_in
+    of them."""
+    threshold = cfg.get("residual_threshold", 1e-2)
+    if not is_number(threshold) or not -_LARGEST < threshold < _LARGEST:
+        raise damaged(file, "residual_threshold", threshold, "a number")
+    return Pursuit(
+        max_iterations=d_in if cfg.get("max_iterations") is None else whole(file, cfg, "max_iterations"),
+        residual_threshold=float(threshold),
+        stop_on_duplicate_support=flag(file, cfg, "stop_on_duplicate_support", missing=True),
     )
 
 
@@ -131,23 +153,46 @@ def _modern(file: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rescale(architecture: str, flat: Mapping[str, Any]) -> bool:
-    """Only TopK and its kin choose by the norm; in their checkpoints it is the default."""
-    if ACTIVATIONS[architecture] not in ("topk", "batchtopk"):
+    """Only TopK and its kin choose by the norm; in the checkpoints of those with a threshold it is the default."""
+    if ACTIVATIONS[architecture] not in ("topk", "abstopk", "batchtopk"):
         return False
-    return bool(flat.get("rescale_acts_by_decoder_norm", architecture != "topk"))
+    return bool(flat.get("rescale_acts_by_decoder_norm", ACTIVATIONS[architecture] == "batchtopk"))
 
 
-def _origin(metadata: Mapping[str, Any], *, transcoder: bool) -> Origin:
-    hook = str(metadata.get("hook_name") or UNKNOWN)
+def _origin(file: Path, metadata: Mapping[str, Any], *, transcoder: bool) -> Origin:
+    hook = _of_head(file, metadata, "hook_head_index", str(metadata.get("hook_name") or UNKNOWN))
+    written = str(metadata.get("hook_name_out") or f"{UNKNOWN} output")
     context = metadata.get("context_size")
     return Origin(
         model_name=hub_model(str(metadata.get("model_name") or UNKNOWN)),
         inputs=(hook,),
-        outputs=(str(metadata.get("hook_name_out") or f"{UNKNOWN} output"),) if transcoder else (),
+        outputs=(_of_head(file, metadata, "hook_head_index_out", written),) if transcoder else (),
         context=context if isinstance(context, int) else None,
         prepend_bos=bool(metadata.get("prepend_bos", True)),
         dataset=text(metadata, "dataset_path"),
     )
+
+
+def _of_head(file: Path, metadata: Mapping[str, Any], key: str, hook: str) -> str:
+    """The point, of the one head that is named under a key: `blocks.3.attn.hook_z.5`."""
+    head = metadata.get(key)
+    if head is None:
+        return hook
+    if type(head) is not int or head < 0:
+        raise damaged(file, key, head, "the number of a head, or null")
+    try:
+        return str(HookName.parse(f"{hook}.{head}"))
+    except ModelError as error:
+        raise damaged(file, key, head, f"null, because {hook} is no point with heads") from error
+
+
+def split_head(name: str) -> tuple[str, int | None]:
+    """A point and, where the name is of one of its heads, which: as SAELens keeps them."""
+    try:
+        found = HookName.parse(name)
+    except ModelError:
+        return name, None
+    return (name, None) if found.head is None else (str(found.of_all_heads), found.head)
 
 
 def _one_of(folder: Path, key: str, value: object, known: tuple[str | None, ...]) -> None:

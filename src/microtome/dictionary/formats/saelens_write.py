@@ -16,7 +16,8 @@ from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.formats.own import WEIGHTS, cfg_of, tensors_of
 from microtome.dictionary.formats.reading import AnyDictionary
 from microtome.dictionary.formats.saelens import SPARSITY
-from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, CFG
+from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, CFG, split_head
+from microtome.dictionary.pursuit import MatchingPursuit
 
 _FORMAT_VERSION = "6.0.0"  # the oldest SAELens whose reader takes this layout
 
@@ -58,14 +59,22 @@ def saelens_holds(made: Dictionary) -> bool:
     """Whether SAELens has an architecture that means just this dictionary."""
     if len(made.origin.inputs) > 1 or len(made.origin.outputs) > 1 or made.architecture not in ACTIVATIONS:
         return False
+    if isinstance(made.activation, MatchingPursuit) and not _tied(made):
+        return False
     if made.is_transcoder:
         return not made.center and made.input_norm == "none"
     return made.W_skip is None and made.d_in == made.d_out
 
 
+def _tied(made: Dictionary) -> bool:
+    """Whether it has what SAELens's matching pursuit has: W_dec as its encoder, no b_enc, no b_dec in the output alone."""
+    free = made.b_enc.any() or (made.b_dec.any() and not made.center)
+    return torch.equal(made.encoder, made.W_dec) and not free
+
+
 def saelens_cfg(made: Dictionary) -> dict[str, Any]:
     """The cfg.json of a dictionary that SAELens holds."""
-    origin = made.origin
+    origin, (hook, head) = made.origin, split_head(made.hook_name)
     heads = made.origin.inputs[0].endswith("hook_z") and not made.is_transcoder
     cfg: dict[str, Any] = {
         "architecture": made.architecture,
@@ -80,8 +89,8 @@ def saelens_cfg(made: Dictionary) -> dict[str, Any]:
             "sae_lens_version": _FORMAT_VERSION,
             "sae_lens_training_version": None,
             "model_name": origin.model_name,
-            "hook_name": made.hook_name,
-            "hook_head_index": None,
+            "hook_name": hook,
+            "hook_head_index": head,
             "context_size": origin.context,
             "prepend_bos": origin.prepend_bos,
             "dataset_path": origin.dataset,
@@ -89,8 +98,15 @@ def saelens_cfg(made: Dictionary) -> dict[str, Any]:
     }
     if made.is_transcoder:
         cfg["d_out"] = made.d_out
-        cfg["metadata"] |= {"hook_name_out": origin.outputs[0], "hook_head_index_out": None}
-    if made.architecture == "topk":
+        hook, head = split_head(origin.outputs[0])
+        cfg["metadata"] |= {"hook_name_out": hook, "hook_head_index_out": head}
+    if isinstance(made.activation, MatchingPursuit):
+        cfg |= {
+            "residual_threshold": made.activation.residual_threshold,
+            "max_iterations": made.activation.max_iterations,
+            "stop_on_duplicate_support": made.activation.stop_on_duplicate_support,
+        }
+    if made.architecture in ("topk", "abstopk"):
         cfg |= {"k": made.k, "rescale_acts_by_decoder_norm": False}
     return cfg
 
@@ -106,7 +122,10 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _tensors(made: Dictionary) -> dict[str, Tensor]:
-    tensors = {"W_enc": made.W_enc, "W_dec": made.W_dec, "b_dec": made.b_dec}
+    tensors: dict[str, Tensor] = {"W_dec": made.W_dec, "b_dec": made.b_dec}
+    if isinstance(made.activation, MatchingPursuit):
+        return tensors
+    tensors["W_enc"] = made.W_enc
     if isinstance(made.activation, Gated):
         tensors |= {"b_gate": made.b_enc, "r_mag": made.activation.r_mag, "b_mag": made.activation.b_mag}
     else:
@@ -122,7 +141,7 @@ def _folded(made: AnyDictionary) -> Dictionary:
     if isinstance(made, CrossLayerTranscoder):
         raise ConfigError("The decoder norms of a cross-layer transcoder cannot be folded: a latent has several rows")
     norms = made.W_dec.norm(dim=1)
-    if made.k is not None and not torch.allclose(norms, norms.mean()):
+    if (made.k is not None or not made.activation.at_once) and not torch.allclose(norms, norms.mean()):
         raise ConfigError(
             "Folding the decoder norms would change which latents are the largest",
             got=f"{made.activation.name} with norms from {norms.min():.3g} to {norms.max():.3g}",

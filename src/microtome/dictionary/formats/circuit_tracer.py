@@ -1,0 +1,91 @@
+"""Transcoders as circuit-tracer saves and `mwhanna/qwen3-*-transcoders` publishes them: a `layer_N.safetensors` for each layer.
+
+`W_enc` [F, d], `W_dec` [F, d], `b_enc`, `b_dec`, for JumpReLU `activation_function.threshold` [F], and with a skip path
+`W_skip` [d, d], of which x W_skipᵀ is added. `config.yaml` beside them names the model and the points of a block. Read from
+circuit-tracer 0.5.0 (`single_layer_transcoder.py`).
+"""
+
+import re
+from pathlib import Path
+
+from microtome.common.errors import ArtifactError
+from microtome.dictionary.activation import Activation, JumpReLU, ReLU
+from microtome.dictionary.dictionary import Origin
+from microtome.dictionary.formats.hooks import hub_model
+from microtome.dictionary.formats.mntss import CONFIG, flat_yaml
+from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover, only_file
+from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
+
+NAME = "circuit_tracer"
+FILE = re.compile(r"layer_(\d+)\.safetensors")
+_THRESHOLD = "activation_function.threshold"
+_BEFORE_MLP = "mlp.hook_in"  # behind the norm's weight
+
+
+def detect(path: Path) -> bool:
+    """The file of one layer, or a folder with just one."""
+    return only_file(path, FILE) is not None
+
+
+def read(path: Path, hints: Hints) -> Reading:
+    """The transcoder of one layer."""
+    weights = only_file(path, FILE)
+    assert weights is not None
+    layer = FILE.fullmatch(weights.name)
+    assert layer is not None
+    file = TensorFile(weights, read_safetensors(weights), "the format")
+    d_sae, d_model = file.shape("W_enc", 2)
+    skip = file.take_if_there("W_skip", d_model, d_model)
+    activation = _activation(file, d_sae)
+    file.refuse("log_threshold", "threshold", "activation_function")
+    origin, notes = _origin(weights.parent, layer[1])
+    made = build(
+        path,
+        hints.applied(origin),
+        activation,
+        Weights(
+            W_enc=file.take("W_enc", d_sae, d_model).T,
+            W_dec=file.take("W_dec", d_sae, d_model),
+            b_enc=file.take("b_enc", d_sae),
+            b_dec=file.take("b_dec", d_model),
+            W_skip=None if skip is None else skip.T,
+        ),
+        center=False,
+    )
+    return Reading(dictionary=made, format=NAME, notes=(*notes, *leftover(file.left)))
+
+
+FORMAT = Format(name=NAME, looks="layer_N.safetensors and config.yaml", detect=detect, read=read)
+
+
+def _activation(file: TensorFile, d_sae: int) -> Activation:
+    threshold = file.take_if_there(_THRESHOLD, d_sae)
+    if threshold is None:
+        return ReLU()
+    if bool((threshold < 0).any()):
+        raise ArtifactError(
+            f"The dictionary at {file.file} is of a kind that cannot be read: its codes could be below zero",
+            got=f"{_THRESHOLD} down to {float(threshold.min()):.3g}",
+            expected="thresholds of zero or above",
+        )
+    return JumpReLU(threshold)
+
+
+def _origin(folder: Path, layer: str) -> tuple[Origin, list[str]]:
+    """From config.yaml, which is kept beside the layers."""
+    said = flat_yaml(folder / CONFIG)
+    reads, writes = said.get("feature_input_hook"), said.get("feature_output_hook")
+    notes = []
+    if reads is None or writes is None:
+        missing = "does not name both hook points" if said else "is not there"
+        notes.append(f"{CONFIG} {missing}: give hook_name, hook_name_out and model_name")
+    if reads == _BEFORE_MLP:
+        notes.append(
+            f"it reads {reads}, behind the norm's weight: Microtome's ln2.hook_normalized is before that weight"
+        )
+    origin = Origin(
+        model_name=hub_model(said.get("model_name", UNKNOWN)),
+        inputs=(f"blocks.{layer}.{reads}" if reads else UNKNOWN,),
+        outputs=(f"blocks.{layer}.{writes}" if writes else f"{UNKNOWN} output",),
+    )
+    return origin, notes

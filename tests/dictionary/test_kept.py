@@ -153,7 +153,7 @@ def test_both_kinds_of_products_have_the_same_values_and_gradients(
         encoder, W_dec = (normal(S, F, D, seed=seed).requires_grad_() for seed in (2, 3))
         b_enc, b_dec = normal(S, F, seed=9).requires_grad_(), normal(S, D, seed=4).requires_grad_()
         whole = (x - b_dec[:, None] * centred) @ encoder.mT + b_enc[:, None]
-        kept = SparseKept.of_mask(mask) if sparsely else DenseKept(whole.detach(), mask)
+        kept = SparseKept.of_mask(mask) if sparsely else DenseKept(_pre(whole), mask)
         pre = kept.pre_activations(x, b_dec if centred else None, encoder, b_enc)
         f = (pre * kept.latent(normal(S, F, seed=5)) * kept.row(normal(S, N, seed=6))).relu()
         out = kept.decode(f, W_dec)
@@ -170,9 +170,16 @@ def test_both_kinds_of_products_have_the_same_values_and_gradients(
         torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-4)
 
 
+def _pre(whole: Float[Tensor, "S N F"]) -> PreActivations:
+    """These pre-activations, whatever they come from."""
+    pre = PreActivations(torch.zeros(S, N, D), torch.zeros(S, F, D), torch.zeros(S, F), torch.float32)
+    pre.whole = whole.detach()
+    return pre
+
+
 def test_parts_of_the_latents_and_edges(mask: Bool[Tensor, "S n F"]) -> None:
     W_dec, numbers = normal(S, F, D, seed=3), normal(S, N, F, seed=8).abs()
-    sparse, dense = SparseKept.of_mask(mask), DenseKept(numbers, mask)
+    sparse, dense = SparseKept.of_mask(mask), DenseKept(_pre(numbers), mask)
     entries = numbers[mask]
     for first, stop in ((0, 10), (10, F)):
         a, part = sparse.within(first, stop)

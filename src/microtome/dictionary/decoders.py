@@ -174,11 +174,9 @@ def _take_out_growth(rows: Tensor, *, unit: bool) -> None:
 def _by_member(values: Entries, kept: Kept) -> list[tuple[Entries, Kept]]:
     """The entries of each member, as stacks of one. They are split all at once: the gradient of a piece taken out alone is
     of the size of the whole."""
-    members, n, d_sae = kept.shape
+    _, n, d_sae = kept.shape
     if isinstance(kept, DenseKept):
-        masks = [None] * members if kept.mask is None else kept.mask.split(1)
-        made = [DenseKept(pre, mask) for pre, mask in zip(kept.pre.split(1), masks, strict=True)]
-        return list(zip(values.split(1), made, strict=True))
+        return [(piece, kept.of_member(member)) for member, piece in enumerate(values.split(1))]
     assert isinstance(kept, SparseKept)
     ends = kept.starts[::n].tolist()
     lengths = [end - start for start, end in itertools.pairwise(ends)]

@@ -23,7 +23,7 @@ from microtome.dictionary.formats import load_any_dictionary
 from microtome.dictionary.layout import Layered, Layout, Separate, Sites, take
 from microtome.dictionary.resampling import resample
 from microtome.dictionary.stack import DataStatistics, Stack, StepReport
-from microtome.dictionary.statistics import geometric_median
+from microtome.dictionary.statistics import distances, geometric_median
 
 _LOOK_AT_DEAD_EVERY = 10  # steps, where a look means waiting for the device
 
@@ -78,7 +78,7 @@ class Group:
         centers = torch.stack([find(each) for each in y])
         reads_other = self.config.is_transcoder
         x_centers = torch.stack([geometric_median(each) for each in x]) if reads_other else centers
-        spread = (y - centers[:, None]).square().sum(2).median(1).values
+        spread = distances(y, centers).square().median(1).values
         members = len(self.stack)
         self.variance = spread.expand(members).clone()
         data = DataStatistics(x_centers.expand(members, -1), centers.expand(members, -1), self.variance)

@@ -11,6 +11,7 @@ Only entries above θ − ε/2 have a gradient, so only those are kept; the pena
 is a sum over whole columns, less the kept ones.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,11 +41,11 @@ class JumpReLURule(ReLURule):
         self.least = _LEAST * self.config.bandwidth if self.config.sparsity == "tanh" else 0.0
 
     def keep(self, pre: PreActivations, step: Step) -> Kept:
-        return self._kept(pre.whole, (self.threshold - self.config.bandwidth / 2).detach())
+        return self._kept(pre, (self.threshold - self.config.bandwidth / 2).detach())
 
-    def pieces(self, kept: Kept) -> list[tuple[slice, Kept]]:
+    def pieces(self, kept: Kept) -> Iterator[tuple[slice, Kept]]:
         # With "quadratic" the penalty is of the mean L0 of all rows.
-        return [(slice(None), kept)] if self.config.sparsity == "quadratic" else super().pieces(kept)
+        return iter([(slice(None), kept)]) if self.config.sparsity == "quadratic" else super().pieces(kept)
 
     def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         f: Tensor = JumpReLU.apply(pre, kept.latent(self.threshold), self.config.bandwidth)  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ losses are written once, for both. For whole matrices in bf16 on a CPU, arithmet
 and a mask of bools.
 """
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from microtome.dictionary.products import Transpose, sampled_products, starts_of, weighted_sums
-from microtome.dictionary.selection import is_positive, kth_largest
+from microtome.dictionary.selection import PreActivations, is_positive, kth_largest
 
 Entries = Float[Tensor, "..."]
 # Into how many pieces of rows a step on whole matrices goes. Each adds its share to the gradients of the weights; four take 1.2
@@ -36,7 +37,7 @@ class Kept(Protocol):
 
     shape: tuple[int, int, int]
 
-    def pieces(self) -> "list[tuple[slice, Kept]]":
+    def pieces(self) -> "Iterator[tuple[slice, Kept]]":
         """Groups of rows, of which one at a time takes little memory."""
 
     def pre_activations(
@@ -121,8 +122,8 @@ class SparseKept:
         members, _, d_sae = self.shape
         return Transpose(self.latents, self.rows, members * d_sae)
 
-    def pieces(self) -> list[tuple[slice, Kept]]:
-        return [(slice(None), self)]
+    def pieces(self) -> Iterator[tuple[slice, Kept]]:
+        yield slice(None), self
 
     def pre_activations(
         self,
@@ -187,17 +188,19 @@ class DenseKept:
     """Every latent of every row, or those where `mask` is true, given the selection's pre-activations `pre`, in whose dtype
     all is computed."""
 
-    def __init__(self, pre: Float[Tensor, "S n F"], mask: Bool[Tensor, "S n F"] | None = None) -> None:
-        members, n, d_sae = pre.shape
-        self.shape, self.pre, self.mask = (members, n, d_sae), pre, mask
+    def __init__(self, pre: PreActivations, mask: Bool[Tensor, "S n F"] | None = None) -> None:
+        self.shape, self.pre, self.mask = pre.shape, pre, mask
 
-    def pieces(self) -> list[tuple[slice, Kept]]:
-        pieces, n = _PIECES_ON_GPU if self.pre.is_cuda else _PIECES, self.shape[1]
+    def pieces(self) -> Iterator[tuple[slice, Kept]]:
+        pieces, n = _PIECES_ON_GPU if self.pre.device.type == "cuda" else _PIECES, self.shape[1]
         at_once = max(_FEW, -(-n // pieces))
-        rows = [slice(first, first + at_once) for first in range(0, n, at_once)]
-        return [
-            (some, DenseKept(self.pre[:, some], None if self.mask is None else self.mask[:, some])) for some in rows
-        ]
+        for first in range(0, n, at_once):
+            some = slice(first, first + at_once)
+            yield some, DenseKept(self.pre.of_rows(some), None if self.mask is None else self.mask[:, some])
+
+    def of_member(self, member: int) -> "DenseKept":
+        """The entries of one member, as a stack of one."""
+        return DenseKept(self.pre.of_member(member), None if self.mask is None else self.mask[member : member + 1])
 
     def pre_activations(
         self,
@@ -313,7 +316,7 @@ class _DensePreActivations(torch.autograd.Function):
         centred = x if b_dec is None else x - b_dec[:, None]
         ctx.save_for_backward(centred.to(kept.pre.dtype), encoder)
         ctx.subtracted = b_dec is not None
-        return kept.pre.detach()
+        return kept.pre.whole.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,7 @@ the batch, `values` (with gradient, from the pre-activations at the kept entries
 `after_update`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -68,7 +69,7 @@ class Rule(nn.Module, ABC, Generic[C]):
     def keep(self, pre: PreActivations, step: Step) -> Kept:
         """The latents to keep, given what they are selected from."""
 
-    def pieces(self, kept: Kept) -> list[tuple[slice, Kept]]:
+    def pieces(self, kept: Kept) -> Iterator[tuple[slice, Kept]]:
         """Groups of rows whose losses can be had one after the other, which takes less memory."""
         return kept.pieces()
 
@@ -131,23 +132,23 @@ class Rule(nn.Module, ABC, Generic[C]):
         encoder and b_enc are brought, in place, to what the rule needs."""
         take_thresholds(activation, encoder, b_enc)
 
-    def _kept(self, pre: Float[Tensor, "S n F"], edges: Float[Tensor, "S F"] | None = None) -> Kept:
+    def _kept(self, pre: PreActivations, edges: Float[Tensor, "S F"] | None = None) -> Kept:
         """The entries above their latents' edges (zero, if there are none), or all, if with so many dense products are
         quicker."""
-        if self.products == "auto" and pre.is_cuda and pre.numel() < _COUNTED_ON_GPU:
+        if self.products == "auto" and pre.device.type == "cuda" and math.prod(pre.shape) < _COUNTED_ON_GPU:
             return DenseKept(pre)
-        some = _above(pre[:, ::_COUNTED_ROWS], edges)
+        some = _above(pre.of_rows(slice(None, None, _COUNTED_ROWS)).whole, edges)
         # A CPU counts trues many times quicker than it adds them.
-        if self._sparsely(int(some.count_nonzero()) * pre.numel() // some.numel(), pre):
-            return SparseKept.of_mask(_above(pre, edges))
+        if self._sparsely(int(some.count_nonzero()) * math.prod(pre.shape) // some.numel(), pre):
+            return SparseKept.of_mask(torch.cat([_above(block, edges) for block in pre.blocks()], 1))
         return DenseKept(pre)
 
-    def _sparsely(self, n_kept: int, pre: Float[Tensor, "S n F"]) -> bool:
+    def _sparsely(self, n_kept: int, pre: PreActivations) -> bool:
         """Whether sparse products are quicker for so many entries."""
         if self.products != "auto":
             return self.products == "sparse"
-        dense_from = _DENSE_FROM_ON_GPU if pre.is_cuda else _DENSE_FROM
-        return pre.shape[2] > _TINY and n_kept < dense_from * pre.numel()
+        dense_from = _DENSE_FROM_ON_GPU if pre.device.type == "cuda" else _DENSE_FROM
+        return pre.shape[2] > _TINY and n_kept < dense_from * math.prod(pre.shape)
 
 
 class TopKRule(Rule[TopKConfig]):
@@ -162,7 +163,7 @@ class TopKRule(Rule[TopKConfig]):
         if sparsely:
             return SparseKept.of_indices(indices, d_sae)
         mask = torch.zeros(pre.shape, dtype=torch.bool, device=indices.device).scatter_(2, indices, True)
-        return DenseKept(pre.whole, mask)
+        return DenseKept(pre, mask)
 
     def _scores(self, pre: Float[Tensor, "S n F"], step: Step) -> Float[Tensor, "S n F"]:
         """By what latents are selected: how much each would write."""
@@ -187,13 +188,13 @@ class BatchTopKRule(TopKRule):
         _, n, d_sae = whole.shape
         k = self.config.k_at(step.fraction) * n
         places = torch.cat([batch_top_k(each, k) + s * n * d_sae for s, each in enumerate(self._scores(whole, step))])
-        if self._sparsely(len(places), whole):
+        if self._sparsely(len(places), pre):
             return SparseKept.of_places(places, pre.shape)
         mask = torch.zeros(whole.numel(), dtype=torch.bool, device=whole.device).index_fill_(0, places, True)
-        return DenseKept(whole, mask.view_as(whole))
+        return DenseKept(pre, mask.view_as(whole))
 
-    def pieces(self, kept: Kept) -> list[tuple[slice, Kept]]:
-        return [(slice(None), kept)]  # what is kept of a row depends on the other rows
+    def pieces(self, kept: Kept) -> Iterator[tuple[slice, Kept]]:
+        yield slice(None), kept  # what is kept of a row depends on the other rows
 
     def values(self, pre: Entries, kept: Kept, step: Step) -> Entries:
         """Of the entries that the selection's dtype could not tell apart, the largest by their exact values."""
@@ -253,7 +254,7 @@ class ReLURule(Rule[PenaltyConfig]):
         self.register_buffer("coefficient", torch.tensor([config.coefficient for config in configs]))
 
     def keep(self, pre: PreActivations, step: Step) -> Kept:
-        return self._kept(pre.whole)
+        return self._kept(pre)
 
     def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
         return self.strength(step) * kept.member_sums(f, step.weights, step.norms)

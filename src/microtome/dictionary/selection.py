@@ -10,6 +10,7 @@ in no order, which is as good: what is selected goes through a ReLU. Such intege
 one thread takes a fifth of the time of `torch.topk` on two; it gives values alone, so their columns are put into bits below.
 """
 
+import copy
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -37,19 +38,44 @@ class PreActivations:
     ) -> None:
         self._rows, self._weight = rows.detach().to(dtype), encoder.detach().to(dtype).mT
         self._bias = b_enc.detach()[:, None].to(dtype)
-        self.shape = (*rows.shape[:2], encoder.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (*self._rows.shape[:2], self._weight.shape[2])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._rows.device
 
     @cached_property
     def whole(self) -> Float[Tensor, "S n F"]:
         return torch.baddbmm(self._bias, self._rows, self._weight)
 
+    def of_rows(self, rows: slice) -> "PreActivations":
+        """Those of some rows, which are there if the whole is."""
+        return self._part(rows, slice(None))
+
+    def of_member(self, member: int) -> "PreActivations":
+        """Those of one member, as a stack of one."""
+        return self._part(slice(None), slice(member, member + 1))
+
     def blocks(self) -> Iterator[Float[Tensor, "S _ F"]]:
         """Some rows of every member at a time. On a CPU the whole is not made for it, unless it is there."""
-        if "whole" in vars(self) or self._rows.is_cuda:
-            yield self.whole
-        else:
-            for rows in self._rows.split(_ROWS, dim=1):
-                yield torch.baddbmm(self._bias, rows, self._weight)
+        n = self.shape[1]
+        at_once = n if self.device.type == "cuda" else _ROWS
+        for first in range(0, n, at_once):
+            yield self.of_rows(slice(first, first + at_once)).whole
+
+    def _part(self, rows: slice, members: slice) -> "PreActivations":
+        part = copy.copy(self)
+        vars(part).update(_rows=self._rows[members, rows], _weight=self._weight[members], _bias=self._bias[members])
+        if "whole" in vars(self):
+            part.whole = self.whole[members, rows]
+        return part
 
 
 def top_k(pre: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:

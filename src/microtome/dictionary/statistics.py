@@ -30,6 +30,11 @@ def geometric_median(rows: Float[Tensor, "row d"], steps: int = 20) -> Float[Ten
     move."""
     point = rows.mean(0)
     for _ in range(steps):
-        weights = 1.0 / (rows - point).norm(dim=1).clamp_min(1e-9)
-        point = (rows * weights[:, None]).sum(0) / weights.sum()
+        weights = 1.0 / distances(rows, point).clamp_min(1e-9)
+        point = (weights @ rows) / weights.sum()
     return point
+
+
+def distances(rows: Float[Tensor, "*s row d"], point: Float[Tensor, "*s d"]) -> Float[Tensor, "*s row"]:
+    """The distance of each row to a point, without a matrix of differences."""
+    return torch.cdist(rows, point[..., None, :], compute_mode="donot_use_mm_for_euclid_dist").squeeze(-1)

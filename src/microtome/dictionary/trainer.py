@@ -278,8 +278,9 @@ class Trainer:
         first = [next(stream) for _ in range(min(STATISTICS_BATCHES, self.config.n_steps))]
         rows = torch.cat(first).to(self.device, torch.float32)
         self.scales = input_scales(rows, self.source.widths)
+        rows *= self.scales
         for group in self.groups:
-            group.begin(rows * self.scales, self.scales, self.config.seed)
+            group.begin(rows, self.scales, self.config.seed)
         return itertools.chain(first, stream)
 
     @property

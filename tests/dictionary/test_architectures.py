@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from microtome.common.errors import ConfigError
+from microtome.dictionary import kept
 from microtome.dictionary.architectures import make_rule
 from microtome.dictionary.config import (
     BatchTopKConfig,
@@ -141,8 +142,8 @@ def twin_loss(stack: Stack, x: Tensor, y: Tensor, dead: Bool[Tensor, " f"] | Non
     loss = loss / (N * VARIANCE)
     if dead is not None:
         error = (y - outs[-1]).detach()
-        kept = keep(pre.masked_fill(~dead, -torch.inf), min(6, int(dead.sum())))
-        missed = (w * (error - (pre.relu() * kept) @ W_dec) ** 2).sum()
+        chosen = keep(pre.masked_fill(~dead, -torch.inf), min(6, int(dead.sum())))
+        missed = (w * (error - (pre.relu() * chosen) @ W_dec) ** 2).sum()
         mean = (w * error).sum(0) / w.sum()
         loss = loss + config.aux_coefficient * missed / (w * (error - mean) ** 2).sum()
     return loss, f
@@ -153,11 +154,20 @@ def assert_close(found: Tensor, expected: Tensor, name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("products", ["sparse", "dense"])
+def products_of(kind: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The products of a step; "pieces" are dense ones, some rows at a time."""
+    if kind == "pieces":
+        monkeypatch.setattr(kept, "_FEW", N // 4)
+    return "dense" if kind == "pieces" else kind
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense", "pieces"])
 @pytest.mark.parametrize("n_dead", [None, 4, 30])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_step_leaves_the_gradients_of_the_published_loss(name: str, n_dead: int | None, products: str) -> None:
-    stack = make(CONFIGS[name], products=products)
+def test_a_step_leaves_the_gradients_of_the_published_loss(
+    name: str, n_dead: int | None, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = make(CONFIGS[name], products=products_of(kind, monkeypatch))
     x, y = rows(1), rows(2, D_OUT) if stack.config.is_transcoder else rows(1)
     dead = None if n_dead is None else torch.arange(F) < n_dead
     loss, f = twin_loss(stack, x[0], y[0], dead)
@@ -173,10 +183,10 @@ def test_a_step_leaves_the_gradients_of_the_published_loss(name: str, n_dead: in
         assert_close(grad, expected[parameter], parameter)
 
 
-@pytest.mark.parametrize("products", ["sparse", "dense"])
+@pytest.mark.parametrize("kind", ["sparse", "dense", "pieces"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_members_of_a_stack_are_what_they_would_be_alone(name: str, products: str) -> None:
-    config = CONFIGS[name]
+def test_members_of_a_stack_are_what_they_would_be_alone(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, products = CONFIGS[name], products_of(kind, monkeypatch)
     stack = make(config, members=3, products=products)
     x, y = rows(1), rows(2, D_OUT) if config.is_transcoder else rows(1)
     dead = torch.arange(F).expand(3, F) < torch.tensor([[4], [0], [30]])
@@ -272,16 +282,19 @@ def test_gradients_along_unit_rows_are_taken_out_and_long_ones_shortened() -> No
     torch.testing.assert_close(norms, torch.full((2,), 1e-6))
 
 
-def test_p_falls_and_the_penalty_stays() -> None:
+@pytest.mark.parametrize("kind", ["sparse", "dense", "pieces"])
+def test_p_falls_and_the_penalty_stays(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PAnnealConfig(**SIZES, **LAMBDA, p_end=0.2, p_start_at=0.5, p_steps=10)
-    stack, p = make(config), []
+    products = products_of(kind, monkeypatch)
+    stack, p = make(config, products=products), []
     for fraction in (0.0, 0.5, 0.75, 1.0):
         stack.step(rows(1), rows(1), variance=VARIANCE, fraction=fraction)
         stack.after_update()
         p.append(float(stack.rule.get_buffer("p")))
     assert p == pytest.approx([1.0, 1.0, 0.6, 0.2])
-    stack = make(config)
+    stack = make(config, products=products)
     before = stack.step(rows(1), rows(1), variance=VARIANCE, fraction=0.9).loss
+    stack.after_update()
     after = stack.step(rows(1), rows(1), variance=VARIANCE, fraction=0.9).loss
     torch.testing.assert_close(before, after)
 

@@ -100,7 +100,26 @@ def test_blocks_of_rows_are_the_whole_and_need_it_not() -> None:
     assert len(blocks) > 1
     torch.testing.assert_close(torch.cat(blocks, 1), expected)
     torch.testing.assert_close(pre.whole, expected)
-    assert [block is pre.whole for block in pre.blocks()] == [True]
+    memory = pre.whole.untyped_storage().data_ptr()
+    assert all(block.untyped_storage().data_ptr() == memory for block in pre.blocks())
+
+
+def test_pieces_of_whole_matrices_are_the_rows_in_order(mask: Bool[Tensor, "S n F"]) -> None:
+    numbers = normal(S, 300, F)
+    pre = PreActivations(torch.zeros(S, 300, D), torch.zeros(S, F, D), torch.zeros(S, F), torch.float32)
+    pre.whole = numbers
+    masks = torch.cat([mask] * -(-300 // N), 1)[:, :300]
+    pieces = list(DenseKept(pre, masks).pieces())
+    assert [numbers[:, rows].shape[1] for rows, _ in pieces] == [128, 128, 44]
+    for rows, piece in pieces:
+        assert isinstance(piece, DenseKept)
+        assert piece.mask is not None
+        assert torch.equal(piece.pre.whole, numbers[:, rows])
+        assert torch.equal(piece.mask, masks[:, rows])
+    (rows, alone), *others = SparseKept.of_mask(mask).pieces()
+    assert not others
+    assert rows == slice(None)
+    assert alone.shape == mask.shape
 
 
 @pytest.mark.parametrize("norms", ["unit", "free"])

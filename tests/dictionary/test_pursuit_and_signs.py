@@ -1,11 +1,13 @@
 """Matching pursuit and AbsTopK: against plain twins, and wherever else dictionaries are used."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from microtome.activations import ArraySource
 from microtome.circuits import logit_attribution
 from microtome.common.errors import ConfigError
 from microtome.dictionary import (
@@ -22,9 +24,9 @@ from microtome.dictionary import (
 )
 from microtome.dictionary.activation import AbsTopK, Activation, TopK
 from microtome.dictionary.codes import SparseCodes
-from microtome.dictionary.layout import Separate, Sites
+from microtome.dictionary.config import DictionaryConfig, JumpReLUConfig
 from microtome.dictionary.pursuit import MatchingPursuit
-from microtome.dictionary.stack import Stack
+from microtome.dictionary.trainer import TrainConfig, train
 from microtome.features import IndexConfig, build_index
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
@@ -178,11 +180,24 @@ def test_signs_taken_apart(norm: str) -> None:
         split_signs(both)
 
 
+@pytest.mark.parametrize("config", [TopKConfig(k=3, d_sae=60), JumpReLUConfig(d_sae=60)], ids=["topk", "jumprelu"])
 @pytest.mark.parametrize("activation", [AbsTopK(3), MatchingPursuit(5)], ids=["abstopk", "pursuit"])
-def test_no_training_begins_with_them(activation: Activation) -> None:
-    layout = Separate(TopKConfig(k=3, d_sae=60), 1, Sites((HOOK,), (32,)))
+def test_no_training_begins_with_them(activation: Activation, config: DictionaryConfig, tmp_path: Path) -> None:
+    (tmp_path / "start").mkdir()
+    save_dictionary(made_of(activation), tmp_path / "start")
+    config = replace(config, fine_tune=str(tmp_path / "start"))
     with pytest.raises(ConfigError, match="codes as no architecture here that is trained"):
-        layout.begin_with(Stack.__new__(Stack), 0, made_of(activation), torch.ones(32))
+        train(config, ArraySource(x_of(64)), out=tmp_path / "out", config=TrainConfig(n_tokens=64, batch_size=32))
+
+
+def test_a_training_begins_with_split_signs(tmp_path: Path) -> None:
+    (tmp_path / "start").mkdir()
+    both = split_signs(made_of(AbsTopK(3)))
+    save_dictionary(both, tmp_path / "start")
+    config = TopKConfig(k=3, d_sae=both.d_sae, fine_tune=str(tmp_path / "start"), lr=1e-9)
+    run = TrainConfig(n_tokens=64, batch_size=32)
+    [made] = train(config, ArraySource(x_of(64)), out=tmp_path / "out", config=run)
+    torch.testing.assert_close(made(x_of(16)), both(x_of(16)), rtol=1e-4, atol=1e-4)
 
 
 # ---- measured and used ---------------------------------------------------------------------------------------------------------

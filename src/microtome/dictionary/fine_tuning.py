@@ -10,6 +10,8 @@ An activation that compares each latent with a number of its own (ReLU, JumpReLU
 | Gated            | the same codes            | the same, and those below θ    | the k largest                  |
 | TopK             | one θ that gives its L0   | the same, and all others above 0 | the k largest: the same for its k |
 
+Codes below zero (AbsTopK) and those of a matching pursuit none of them can have: such dictionaries are refused.
+
 ReLU could fire for the same latents alone if their biases were lower by θ, but then each is too small by θ. On the built-in
 model's layer 15 (d_sae 1,152, held-out text without sinks), a BatchTopK dictionary with L0 50 and FVU 0.289 begins so with
 FVU 0.422, and with biases as they are with L0 169 and FVU 0.241; the penalty then takes out what is not worth its price.
@@ -30,7 +32,20 @@ from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.selection import kth_largest
 
-_ROWS = 2048  # on which L0 is found
+L0_ROWS = 2048  # so many are enough to find an L0
+
+
+def check_codes(start: Dictionary | CrossLayerTranscoder) -> None:
+    """Raise ConfigError for a dictionary whose codes no architecture that is trained can have: signed ones, and those of a
+    matching pursuit."""
+    for each in start.modules():
+        if isinstance(each, Activation) and (each.signed or not each.at_once):
+            raise ConfigError(
+                "The dictionary to fine-tune has codes as no architecture here that is trained",
+                got=each.name,
+                expected="codes that are a function of the pre-activations and never below zero",
+                fix="Split its signs (microtome convert --split-signs)" if each.signed else "Name another dictionary",
+            )
 
 
 @torch.no_grad()
@@ -42,7 +57,7 @@ def with_thresholds(
     another `d_in`, which the training refuses."""
     if x.shape[1] != start.d_in:
         return start
-    pre = start.pre_activations(x[:_ROWS])
+    pre = start.pre_activations(x)
     if isinstance(start, Dictionary):
         if start.activation.as_thresholds(start.b_enc) is not None:
             return start

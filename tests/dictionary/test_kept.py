@@ -199,6 +199,7 @@ def _pre(whole: Float[Tensor, "S N F"]) -> PreActivations:
 def test_parts_of_the_latents_and_edges(mask: Bool[Tensor, "S n F"]) -> None:
     W_dec, numbers = normal(S, F, D, seed=3), normal(S, N, F, seed=8).abs()
     sparse, dense = SparseKept.of_mask(mask), DenseKept(_pre(numbers), mask)
+    assert sparse.ends == mask.sum((1, 2)).cumsum(0).tolist()
     entries = numbers[mask]
     for first, stop in ((0, 10), (10, F)):
         a, part = sparse.within(first, stop)

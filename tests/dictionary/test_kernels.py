@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import microtome
 from microtome.activations import ArraySource
-from microtome.dictionary import BatchTopKConfig, TopKConfig, TrainConfig, train
+from microtome.dictionary import BatchTopKConfig, PAnnealConfig, TopKConfig, TrainConfig, kept, train
 from microtome.dictionary.architectures import make_rule
 from microtome.dictionary.products import Transpose, sampled_products, starts_of, weighted_sums
 from microtome.dictionary.stack import DataStatistics, Stack
@@ -115,6 +115,23 @@ def test_how_often_a_step_waits_for_a_gpu(name: str, expected: int) -> None:
         stack.before_update()
         stack.after_update()
     assert waits.count == expected
+
+
+def test_a_step_in_pieces_reads_p_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the count of latents, which a GPU makes in large steps alone."""
+    monkeypatch.setattr(kept, "_FEW", 8)
+    config = PAnnealConfig(d_sae=20, p_start_at=0.0)
+    rule = make_rule([config])
+    rule.products = "dense"
+    stack = Stack([config], rule, 9, 9)
+    stack.initialise(DataStatistics(torch.zeros(1, 9), torch.zeros(1, 9), 9.0), [0])
+    x, spread = torch.randn(1, 32, 9, generator=torch.Generator().manual_seed(0)), torch.tensor([9.0])
+    with Waits() as waits:  # type: ignore[no-untyped-call]
+        stack.step(x, x, variance=spread, fraction=0.5)
+        stack.before_update()
+        stack.after_update()
+    assert waits.count == 1 + 1
+    assert float(stack.rule.get_buffer("p")) == pytest.approx(0.6)
 
 
 @pytest.mark.gpu

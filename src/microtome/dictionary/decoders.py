@@ -178,9 +178,9 @@ def _by_member(values: Entries, kept: Kept) -> list[tuple[Entries, Kept]]:
     if isinstance(kept, DenseKept):
         return [(piece, kept.of_member(member)) for member, piece in enumerate(values.split(1))]
     assert isinstance(kept, SparseKept)
-    ends = kept.starts[::n].tolist()
-    lengths = [end - start for start, end in itertools.pairwise(ends)]
-    pieces = zip(values.split(lengths), kept.latents.split(lengths), ends, strict=False)
+    starts = [0, *kept.ends]
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    pieces = zip(values.split(lengths), kept.latents.split(lengths), starts, strict=False)
     return [
         (
             piece,

@@ -117,6 +117,12 @@ class SparseKept:
         return torch.repeat_interleave(rows, counts, output_size=len(self.latents))
 
     @cached_property
+    def ends(self) -> list[int]:
+        """Where each member's entries end. A GPU is waited for."""
+        ends: list[int] = self.starts[self.shape[1] :: self.shape[1]].tolist()
+        return ends
+
+    @cached_property
     def transpose(self) -> Transpose:
         """The entries in the order of their latents; one sorting serves both weight gradients."""
         members, _, d_sae = self.shape
@@ -172,7 +178,7 @@ class SparseKept:
 
     def edges(self, values: Float[Tensor, " m"], k: int) -> Float[Tensor, "..."]:
         members, n, _ = self.shape
-        ends = [len(values)] if members == 1 else self.starts[n::n].tolist()  # a GPU is waited for only where it must
+        ends = [len(values)] if members == 1 else self.ends
         pieces = [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         edges = torch.stack([_edge(piece, k) for piece in pieces])
         return edges if members == 1 else edges[self.rows // n]

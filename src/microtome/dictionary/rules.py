@@ -232,10 +232,6 @@ class BatchTopKRule(TopKRule):
 class MatryoshkaRule(BatchTopKRule):
     """BatchTopK, decoded prefix by prefix."""
 
-    def frozen_codes(self, pre: Entries, kept: Kept, step: Step) -> Entries | None:
-        """Codes that must reconstruct the target through a constant decoder as well, if there are any."""
-        return None
-
     def parts(self, f: Entries, kept: Kept) -> Iterator[tuple[Entries, Kept]]:
         assert isinstance(self.config, MatryoshkaConfig)
         first = 0
@@ -275,19 +271,24 @@ class PAnnealRule(ReLURule):
         super().__init__(configs)
         self.p: Tensor
         self.register_buffer("p", torch.ones(()))
+        self._p = 1.0  # `p` of this step, read once: a GPU is waited for
         self._fall: tuple[float, Tensor, Tensor] | None = None  # to which p, and the penalties before and after it
 
+    def keep(self, pre: PreActivations, step: Step) -> Kept:
+        self._p = float(self.p)
+        return super().keep(pre, step)
+
     def penalty(self, pre: Entries, f: Entries, kept: Kept, step: Step) -> Float[Tensor, " S"]:
-        powers: Tensor = _Power.apply(f * kept.latent(step.norms), float(self.p))  # type: ignore[no-untyped-call]
+        powers: Tensor = _Power.apply(f * kept.latent(step.norms), self._p)  # type: ignore[no-untyped-call]
         return self.strength(step) * kept.member_sums(powers, step.weights)
 
     @torch.no_grad()
     def observe(self, f: Entries, kept: Kept, step: Step) -> None:
         p = self._p_at(step.fraction)
-        if p == float(self.p):
+        if math.isclose(p, self._p, rel_tol=1e-6):  # `p` itself is in fp32
             return
         sizes = f * kept.latent(step.norms)
-        before, after = (kept.member_sums(_powers(sizes, each), step.weights) for each in (float(self.p), p))
+        before, after = (kept.member_sums(_powers(sizes, each), step.weights) for each in (self._p, p))
         seen = (0.0, 0.0) if self._fall is None else self._fall[1:]
         self._fall = (p, before + seen[0], after + seen[1])
 
@@ -303,7 +304,7 @@ class PAnnealRule(ReLURule):
         config = self.config
         assert isinstance(config, PAnnealConfig)
         done = max(0.0, (fraction - config.p_start_at) / (1 - config.p_start_at))
-        return float(torch.tensor(1 - (1 - config.p_end) * int(done * config.p_steps) / config.p_steps))
+        return 1 - (1 - config.p_end) * int(done * config.p_steps) / config.p_steps
 
 
 def _above(pre: Float[Tensor, "S n F"], edges: Float[Tensor, "S F"] | None) -> Bool[Tensor, "S n F"]:

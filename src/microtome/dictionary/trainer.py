@@ -216,8 +216,7 @@ class Trainer:
         self.draft: Draft = draft(
             out, KIND if single else SWEEP_KIND, {**what, **about}, overwrite=overwrite, resume=True
         )
-        self.step = 0
-        self.scales = torch.ones(source.d, device=self.device)
+        self.step, self.scales = 0, torch.ones(source.d, device=self.device)
         self.groups = self._make_groups()
         self.recent: deque[Float[Tensor, "n d"]] = deque(maxlen=config.resample_batches)
 
@@ -316,7 +315,7 @@ class Trainer:
         return sorted(found, key=lambda row: row["dictionary"])
 
     def _rows(self, group: Group, report: StepReport) -> Iterator[dict[str, Any]]:
-        lr = self.config.lr_at(self.step - 1, group.config.d_sae, group.config.lr)
+        lr, batch_size = self.config.lr_at(self.step - 1, group.config.d_sae, group.config.lr), self.config.batch_size
         for number, config, figures in zip(group.numbers, group.configs, group.figures(report), strict=True):
             if not math.isfinite(figures["loss"]):
                 raise InputError(
@@ -325,8 +324,7 @@ class Trainer:
                     fix="Lower lr or look at the activations; the last checkpoint is kept, and the same command goes on "
                     "from it",
                 )
-            tokens = self.step * self.config.batch_size
-            yield {"dictionary": number, "step": self.step, "tokens": tokens, **figures, "lr": lr}
+            yield {"dictionary": number, "step": self.step, "tokens": self.step * batch_size, **figures, "lr": lr}
 
     def _log(self, row: dict[str, Any]) -> None:
         file = self.folder(int(row["dictionary"])) / _LOG

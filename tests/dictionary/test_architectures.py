@@ -7,9 +7,11 @@ import pytest
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from microtome.common.errors import ConfigError
-from microtome.dictionary import kept
+from microtome.dictionary import kept, rules
 from microtome.dictionary.architectures import make_rule
 from microtome.dictionary.config import (
     BatchTopKConfig,
@@ -307,3 +309,44 @@ def test_k_falls_from_its_start() -> None:
         stack.b_enc.fill_(100.0)
     first, last = (stack.step(rows(1), rows(1), variance=VARIANCE, fraction=at).l0 for at in (0.0, 0.9))
     assert (float(first), float(last)) == (12.0, 4.0)
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 1.0])
+def test_the_powers_of_p_anneal_have_the_gradients_of_plain_ones(p: float) -> None:
+    sizes = torch.randn(N, F, generator=torch.Generator().manual_seed(1)).relu()
+    weights = torch.randn(N, F, generator=torch.Generator().manual_seed(2))
+    quick, plain = sizes.clone().requires_grad_(), sizes.clone().requires_grad_()
+    found: Tensor = rules._Power.apply(quick, p)  # type: ignore[no-untyped-call]
+    expected = power_mean(plain, p)
+    torch.testing.assert_close(found, expected)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(quick.grad, plain.grad)
+    assert quick.grad is not None
+    assert bool((quick.grad != 0).eq(sizes > 0).all())
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(each.shape) for each in tree_leaves(made) if isinstance(each, Tensor)}
+        return made
+
+
+@pytest.mark.parametrize("name", ["relu", "relu-uncentred", "p-anneal", "gated", "jumprelu-step", "jumprelu-tanh"])
+def test_what_goes_in_pieces_makes_no_matrix_of_all_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, stack = rows(1), make(CONFIGS[name], products="dense")
+    whole = stack.residual(x, x)
+    products_of("pieces", monkeypatch)
+    with Shapes() as shapes:
+        found = stack.residual(x, x)
+        stack.step(x, x, variance=VARIANCE, fraction=0.5)
+    torch.testing.assert_close(found, whole)
+    assert (1, N // 4, F) in shapes.seen
+    assert (1, N, F) not in shapes.seen

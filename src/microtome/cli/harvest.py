@@ -22,7 +22,7 @@ class Options(TextOptions):
     batch_tokens: int = 4096
     """Tokens in one forward pass."""
     shard_tokens: int = 131_072
-    """Tokens in one file; a stopped harvest loses at most the one in hand."""
+    """Tokens in one file (fewer, where a GiB holds fewer); a stopped harvest loses at most the one in hand."""
     overwrite: bool = False
     """Replace the folder if it is there."""
 

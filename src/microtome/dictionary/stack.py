@@ -359,10 +359,12 @@ class Stack(nn.Module):
         weights = y.new_ones(len(self), y.shape[1])
         step = Step(1.0, weights, self.norms(), self.b_enc, partial(self._column_sums, x))
         kept = self.rule.keep(self.pre_activations(x, torch.float32), step)
-        b_dec = self.b_dec if self.config.centered else None
-        kept_pre = kept.pre_activations(x, b_dec, self.encoder, self.b_enc)
-        base = self._base(x, y)
-        return self._errors(base, self.rule.values(kept_pre, kept, step), kept, weights)[2]
+        b_dec, pieces = self.b_dec if self.config.centered else None, []
+        for rows, part in self.rule.pieces(kept):
+            pre = part.pre_activations(x[:, rows], b_dec, self.encoder, self.b_enc)
+            f = self.rule.values(pre, part, step)
+            pieces.append(self._errors(self._base(x[:, rows], y[:, rows]), f, part, weights[:, rows])[2])
+        return torch.cat(pieces, 1)
 
 
 def _weighted_squares(residual: Float[Tensor, "S n d_out"], weights: Float[Tensor, "S n"]) -> Float[Tensor, " S"]:

@@ -146,7 +146,8 @@ class Stack(nn.Module):
         `variance` is the data's mean ‖y − ȳ‖² (one number, or each member's), `dead` marks dead latents, `fraction` is
         the share of the run behind.
 
-        Latents are selected with a product in `select_dtype`; the values of those kept are exact.
+        Latents are selected with a product in `select_dtype`; with sparse products the values of those kept are exact, with
+        dense ones (`kept.py`) all is in that dtype.
         """
         spreads = torch.as_tensor(variance, dtype=torch.float32, device=y.device).expand(len(self))
         unit = 1.0 / (y.shape[1] * spreads.mean())
@@ -338,9 +339,7 @@ class Stack(nn.Module):
             )
         start = copy.deepcopy(sae).to(self.W_dec.device, torch.float32)
         start.fold_scales(1 / in_scales, 1 / out_scales)
-        if (
-            self.config.unit_norms
-        ):  # rows have unit norm in scaled units: those of a crosscoder's points have scales of their own
+        if self.config.unit_norms:  # in scaled units: a crosscoder's points have scales of their own
             start.fold_decoder_norms()
         self.W_dec[member] = start.W_dec
         self.rule.begin_with(member, start.activation, self.norms()[member], start.encoder, start.b_enc)

@@ -91,7 +91,7 @@ SURFACE = {
     "compare": [*TEXT, "dictionaries", "n_tokens", "function_tokens", "whole_only", "similarity", "out"],
     "convert": [
         *("source", "out", "format", "model_name", "hook_name", "hook_name_out", "norm_scaling_factor"),
-        *("fold_decoder_norms", "dtype", "overwrite"),
+        *("fold_decoder_norms", "split_signs", "dtype", "overwrite"),
     ],
     "index": [*TEXT, "dictionary", "out", "store", "top", "bands", "per_band", "window", "seed", "overwrite"],
     "serve": ["index", "host", "port", "open", "no_model", "allow_host"],

@@ -14,7 +14,6 @@ from microtome.dictionary import (
     DictionarySet,
     EvaluateConfig,
     Origin,
-    TopKConfig,
     compare,
     evaluate,
     save_dictionary,
@@ -22,9 +21,7 @@ from microtome.dictionary import (
 )
 from microtome.dictionary.activation import AbsTopK, Activation, TopK
 from microtome.dictionary.codes import SparseCodes
-from microtome.dictionary.layout import Separate, Sites
 from microtome.dictionary.pursuit import MatchingPursuit
-from microtome.dictionary.stack import Stack
 from microtome.features import IndexConfig, build_index
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
@@ -176,13 +173,6 @@ def test_signs_taken_apart(norm: str) -> None:
     torch.testing.assert_close(both(x), made(x))
     with pytest.raises(ConfigError, match="has signs to split. Got: topk"):
         split_signs(both)
-
-
-@pytest.mark.parametrize("activation", [AbsTopK(3), MatchingPursuit(5)], ids=["abstopk", "pursuit"])
-def test_no_training_begins_with_them(activation: Activation) -> None:
-    layout = Separate(TopKConfig(k=3, d_sae=60), 1, Sites((HOOK,), (32,)))
-    with pytest.raises(ConfigError, match="codes as no architecture here that is trained"):
-        layout.begin_with(Stack.__new__(Stack), 0, made_of(activation), torch.ones(32))
 
 
 # ---- measured and used ---------------------------------------------------------------------------------------------------------

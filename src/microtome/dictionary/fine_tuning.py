@@ -33,6 +33,20 @@ from microtome.dictionary.selection import kth_largest
 _ROWS = 2048  # on which L0 is found
 
 
+def check_start(start: Dictionary | CrossLayerTranscoder) -> None:
+    """Raise ConfigError for a dictionary whose codes are of no kind that is trained here: some below zero (AbsTopK), or not
+    all found at once (matching pursuit)."""
+    activations = [each for each in start.modules() if isinstance(each, Activation)]
+    if any(each.signed or not each.at_once for each in activations):
+        signed = any(each.signed for each in activations)
+        raise ConfigError(
+            "The dictionary to fine-tune has codes as no architecture here that is trained",
+            got=", ".join(dict.fromkeys(each.name for each in activations)),
+            expected="codes that are a function of the pre-activations and never below zero",
+            fix="Give each sign a latent of its own: split_signs" if signed and isinstance(start, Dictionary) else None,
+        )
+
+
 @torch.no_grad()
 def with_thresholds(
     start: Dictionary | CrossLayerTranscoder, x: Float[Tensor, "n d_in"]

@@ -145,12 +145,6 @@ class Separate(_Points):
                 expected="cross_layer=True",
                 fix="Say so, with its points as inputs and outputs, and use train_cross_layer",
             )
-        if start.activation.signed or not start.activation.at_once:
-            raise ConfigError(
-                "The dictionary to fine-tune has codes as no architecture here that is trained",
-                got=start.architecture,
-                expected="codes that are a function of the pre-activations and never below zero",
-            )
         stack.begin_with(which, start, take(scales, self.x_columns), take(scales, self.y_columns))
 
     def export(self, stack: Stack, which: int, origin: dict[str, Any], scales: Float[Tensor, " d"]) -> Dictionary:

@@ -103,11 +103,35 @@ def test_the_gradient_at_one_head(tiny_llama: HookedModel) -> None:
         ("blocks.1.attn.hook_z.-1", "head -1"),
         ("blocks.1.hook_resid_pre.0", "hook point of tiny-llama"),
         ("blocks.1.attn.hook_pattern.0", "hook point of tiny-llama"),
+        ("blocks.*.attn.hook_z.4", "No hook point of tiny-llama matches"),
+        ("blocks.*.hook_resid_pre.0", "No hook point of tiny-llama matches"),
+        ("blocks.*.attn.hook_pattern.*", "No hook point of tiny-llama matches"),
     ],
 )
 def test_heads_that_are_not_there(name: str, message: str, tiny_llama: HookedModel) -> None:
     with pytest.raises(ModelError, match=message):
         tiny_llama.activations(TOKENS, name)
+
+
+@pytest.mark.parametrize(
+    ("glob", "names"),
+    [
+        ("blocks.*.attn.hook_z.3", [f"blocks.{i}.attn.hook_z.3" for i in range(3)]),
+        ("blocks.1.attn.hook_z.*", [f"blocks.1.attn.hook_z.{head}" for head in range(4)]),
+        ("blocks.1.attn.hook_v.*", [f"blocks.1.attn.hook_v.{head}" for head in range(2)]),
+        ("blocks.1.attn.hook_[qkv].2", ["blocks.1.attn.hook_q.2"]),
+        ("blocks.1.attn.hook_z.[02]", ["blocks.1.attn.hook_z.0", "blocks.1.attn.hook_z.2"]),
+        ("blocks.[01].*hook_result.1", [f"blocks.{i}.attn.hook_result.1" for i in range(2)]),
+    ],
+)
+def test_globs_of_heads(glob: str, names: list[str], tiny_llama: HookedModel) -> None:
+    """Of the heads that there are: queries have four, keys and values two."""
+    assert [str(name) for name in tiny_llama.resolve(glob)] == names
+
+
+def test_globs_of_points_find_no_heads(tiny_llama: HookedModel) -> None:
+    for glob in ("*", "blocks.*.*", "*.*.attn.*", "blocks.1.attn.hook_*"):
+        assert all(name.head is None for name in tiny_llama.resolve(glob)), glob
 
 
 def test_another_shape_for_one_head(tiny_llama: HookedModel) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from microtome.circuits import logit_attribution
+from microtome.common.artifacts import read_json
 from microtome.common.errors import ConfigError
 from microtome.dictionary import (
     CrossLayerTranscoder,
@@ -16,6 +17,7 @@ from microtome.dictionary import (
     Origin,
     compare,
     evaluate,
+    load_dictionary,
     save_dictionary,
     split_signs,
 )
@@ -126,6 +128,14 @@ def test_folding_decoder_norms(tmp_path: Path) -> None:
     made.W_dec[3] *= 2
     with pytest.raises(ConfigError, match="which latents are the largest. Got: matching_pursuit"):
         save_dictionary(made, tmp_path, fold_decoder_norms=True)
+
+
+def test_folding_norms_of_one_leaves_a_pursuit_as_it_is(tmp_path: Path) -> None:
+    """Also in that SAELens has it: its decoder is its encoder, to the last bit."""
+    made = made_of(MatchingPursuit(32, 2.5))
+    save_dictionary(made, tmp_path, fold_decoder_norms=True)
+    assert read_json(tmp_path / "cfg.json")["architecture"] == "matching_pursuit"
+    assert load_dictionary(tmp_path).fingerprint == made.fingerprint
 
 
 def test_where_a_pursuit_cannot_be() -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from microtome.activations import ArraySource
 from microtome.common.errors import ConfigError
-from microtome.dictionary.activation import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
+from microtome.dictionary.activation import AbsTopK, Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
 from microtome.dictionary.config import (
     BatchTopKConfig,
     DictionaryConfig,
@@ -23,8 +23,11 @@ from microtome.dictionary.config import (
     ReLUConfig,
     TopKConfig,
 )
+from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary, Origin
+from microtome.dictionary.fine_tuning import check_codes
 from microtome.dictionary.formats import save_dictionary
+from microtome.dictionary.pursuit import MatchingPursuit
 from microtome.dictionary.rules import Step
 from microtome.dictionary.trainer import TrainConfig, Trainer
 
@@ -148,6 +151,21 @@ def test_groups_are_given_a_threshold_as_well(tmp_path: Path) -> None:
     found = begun(CONFIGS["jumprelu"], start, tmp_path)
     assert int((found > 0).sum()) == pytest.approx(int((start.encode(DATA).values > 0).sum()), rel=0.03)
     torch.testing.assert_close(found, largest(plain(start)[0], int((found > 0).sum())), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["jumprelu", "gated", "relu", "topk"])
+@pytest.mark.parametrize("activation", [AbsTopK(K), MatchingPursuit(K)], ids=["abstopk", "pursuit"])
+def test_codes_that_no_architecture_has_are_refused(activation: Activation, to: str, tmp_path: Path) -> None:
+    """Also where TopK would be given a threshold: of an AbsTopK it would leave out all that is below zero."""
+    with pytest.raises(ConfigError, match=f"no architecture here that is trained. Got: {activation.name}"):
+        begun(CONFIGS[to], start_with(activation), tmp_path)
+
+
+def test_signed_cross_layer_transcoders_are_refused() -> None:
+    origin = Origin(model_name="toy", inputs=("a", "b"))
+    check_codes(CrossLayerTranscoder(D, F, TopK(K), origin=origin))
+    with pytest.raises(ConfigError, match="no architecture here that is trained. Got: abstopk"):
+        check_codes(CrossLayerTranscoder(D, F, AbsTopK(K), origin=origin))
 
 
 @pytest.mark.parametrize(("of", "fits"), [("relu", True), ("gated", False)])

@@ -1,6 +1,5 @@
 """Matching pursuit and AbsTopK: against plain twins, and wherever else dictionaries are used."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from microtome.activations import ArraySource
 from microtome.circuits import logit_attribution
+from microtome.common.artifacts import read_json
 from microtome.common.errors import ConfigError
 from microtome.dictionary import (
     CrossLayerTranscoder,
@@ -16,15 +16,15 @@ from microtome.dictionary import (
     DictionarySet,
     EvaluateConfig,
     Origin,
-    TopKConfig,
     compare,
     evaluate,
+    load_dictionary,
     save_dictionary,
     split_signs,
 )
 from microtome.dictionary.activation import AbsTopK, Activation, TopK
 from microtome.dictionary.codes import SparseCodes
-from microtome.dictionary.config import DictionaryConfig, JumpReLUConfig
+from microtome.dictionary.config import TopKConfig
 from microtome.dictionary.pursuit import MatchingPursuit
 from microtome.dictionary.trainer import TrainConfig, train
 from microtome.features import IndexConfig, build_index
@@ -133,6 +133,14 @@ def test_folding_decoder_norms(tmp_path: Path) -> None:
         save_dictionary(made, tmp_path, fold_decoder_norms=True)
 
 
+def test_folding_norms_of_one_leaves_a_pursuit_as_it_is(tmp_path: Path) -> None:
+    """Also in that SAELens has it: its decoder is its encoder, to the last bit."""
+    made = made_of(MatchingPursuit(32, 2.5))
+    save_dictionary(made, tmp_path, fold_decoder_norms=True)
+    assert read_json(tmp_path / "cfg.json")["architecture"] == "matching_pursuit"
+    assert load_dictionary(tmp_path).fingerprint == made.fingerprint
+
+
 def test_where_a_pursuit_cannot_be() -> None:
     with pytest.raises(ConfigError, match="no function of its pre-activations"):
         MatchingPursuit(3).codes(torch.ones(1, 2), torch.zeros(2))
@@ -178,16 +186,6 @@ def test_signs_taken_apart(norm: str) -> None:
     torch.testing.assert_close(both(x), made(x))
     with pytest.raises(ConfigError, match="has signs to split. Got: topk"):
         split_signs(both)
-
-
-@pytest.mark.parametrize("config", [TopKConfig(k=3, d_sae=60), JumpReLUConfig(d_sae=60)], ids=["topk", "jumprelu"])
-@pytest.mark.parametrize("activation", [AbsTopK(3), MatchingPursuit(5)], ids=["abstopk", "pursuit"])
-def test_no_training_begins_with_them(activation: Activation, config: DictionaryConfig, tmp_path: Path) -> None:
-    (tmp_path / "start").mkdir()
-    save_dictionary(made_of(activation), tmp_path / "start")
-    config = replace(config, fine_tune=str(tmp_path / "start"))
-    with pytest.raises(ConfigError, match="codes as no architecture here that is trained"):
-        train(config, ArraySource(x_of(64)), out=tmp_path / "out", config=TrainConfig(n_tokens=64, batch_size=32))
 
 
 def test_a_training_begins_with_split_signs(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from microtome.dictionary import (
 )
 from microtome.dictionary.activation import TopK
 from microtome.features import IndexConfig, build_index, open_index
+from microtome.features.build import short_name
 from microtome.features.prompt import dictionary_of
 from microtome.features.weights import LatentWeights
 from microtome.model import HookedModel
@@ -253,3 +254,17 @@ def test_a_set_that_was_moved_with_its_index_is_found(
     renamed = moved.path.rename(tmp_path / "new/set2")
     record = dataclasses.replace(moved.record, dictionary="gone/set2")
     assert dictionary_of(record, renamed) == Path("gone/set2")
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"], "blocks.{0,1}.attn.hook_z"),
+        (["blocks.0.attn.hook_z.2", "blocks.1.attn.hook_z.2"], "blocks.{0,1}.attn.hook_z.2"),
+        (["blocks.1.attn.hook_z.0", "blocks.1.attn.hook_z.2"], "blocks.1.attn.hook_z.0, blocks.1.attn.hook_z.2"),
+        (["hook_embed", "blocks.0.hook_resid_pre"], "hook_embed, blocks.0.hook_resid_pre"),
+        (["blocks.0.attn.hook_z.2"], "blocks.0.attn.hook_z.2"),
+    ],
+)
+def test_several_points_in_one_line(names: list[str], short: str) -> None:
+    assert short_name(names) == short

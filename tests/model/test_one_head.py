@@ -12,7 +12,7 @@ from microtome.dictionary import Dictionary, EvaluateConfig, Origin, evaluate
 from microtome.dictionary.activation import ReLU, TopK
 from microtome.dictionary.splice import spliced
 from microtome.features import IndexConfig, build_index
-from microtome.model import HookedModel, HookName
+from microtome.model import HookedModel, HookName, edits
 from microtome.text import TokenDataset
 
 TOKENS = torch.tensor([[0, 7, 3, 9, 4], [0, 5, 6, 2, 8]])
@@ -29,21 +29,59 @@ def test_a_head_is_a_part_of_its_point(point: str, tiny_llama: HookedModel) -> N
     assert name.axes == tuple(axis for axis in name.of_all_heads.axes if "heads" not in axis)
 
 
-@pytest.mark.parametrize("way", ["return", "in place"])
-def test_an_edit_of_one_head_is_that_of_the_whole(way: str, tiny_llama: HookedModel) -> None:
+@pytest.mark.parametrize("inference", [False, True], ids=["plain", "inference"])
+@pytest.mark.parametrize("way", ["return", "in place", "in place and return"])
+def test_an_edit_of_one_head_is_that_of_the_whole(way: str, inference: bool, tiny_llama: HookedModel) -> None:
     def one(z: torch.Tensor, _: object) -> torch.Tensor | None:
         if way == "return":
             return z * 3 + 1
         z.mul_(3).add_(1)
-        return None
+        return z if way == "in place and return" else None
 
     def whole(z: torch.Tensor, _: object) -> torch.Tensor:
         return torch.cat([z[:, :, :2], z[:, :, 2:3] * 3 + 1, z[:, :, 3:]], 2)
 
     wanted = tiny_llama.run_with_hooks(TOKENS, [("blocks.1.attn.hook_z", whole)])
-    assert torch.equal(tiny_llama.run_with_hooks(TOKENS, [("blocks.1.attn.hook_z.2", one)]), wanted)
-    assert torch.equal(tiny_llama.run_with_hooks(TOKENS, [("blocks.1.attn.o.hook_in.2", one)]), wanted)
+    with torch.inference_mode(inference):
+        for name in ("blocks.1.attn.hook_z.2", "blocks.1.attn.o.hook_in.2"):
+            assert torch.equal(tiny_llama.run_with_hooks(TOKENS, [(name, one)]), wanted)
     assert not torch.equal(tiny_llama(TOKENS), wanted)
+
+
+@pytest.mark.parametrize("point", ["attn.hook_rot_k", "hook_k_input", "attn.hook_result"])
+def test_an_edit_of_one_head_where_the_library_has_no_such_tensor(point: str, tiny_llama: HookedModel) -> None:
+    """Keys that queries share, a head's own copy of the stream, and what it writes: in place, as the head of the whole."""
+
+    def one(x: torch.Tensor, _: object) -> None:
+        x.neg_()
+
+    def whole(x: torch.Tensor, _: object) -> torch.Tensor:
+        return torch.cat([x[:, :, :1], -x[:, :, 1:2], x[:, :, 2:]], 2)
+
+    wanted = tiny_llama.run_with_hooks(TOKENS, [(f"blocks.1.{point}", whole)])
+    assert not torch.allclose(tiny_llama(TOKENS), wanted)
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            torch.testing.assert_close(tiny_llama.run_with_hooks(TOKENS, [(f"blocks.1.{point}.1", one)]), wanted)
+
+
+def test_a_capture_of_one_head_keeps_no_other_in_memory(tiny_llama: HookedModel) -> None:
+    one = tiny_llama.activations(TOKENS, "blocks.1.attn.hook_z.2")["blocks.1.attn.hook_z.2"]
+    assert one.untyped_storage().nbytes() == one.numel() * one.element_size()
+
+
+@pytest.mark.parametrize(("point", "head"), [("hook_k", 1), ("hook_v", 0), ("hook_z", 2)])
+def test_an_edit_of_one_head_in_generation(point: str, head: int, tiny_llama: HookedModel) -> None:
+    """With a key/value cache and without one: as an edit of the whole point that is told the head."""
+    name, vector, clean = f"blocks.1.attn.{point}", torch.arange(8.0), tiny_llama.generate_details(TOKENS[:1])
+    for use_cache in (True, False):
+        found = []
+        for edit in (edits.steer(f"{name}.{head}", vector), edits.steer(name, vector, head=head)):
+            with tiny_llama.edited(edit):
+                found += tiny_llama.generate_details(TOKENS[:1], max_new_tokens=6, use_cache=use_cache)
+        assert torch.equal(found[0].tokens, found[1].tokens)
+        assert torch.equal(found[0].logprobs, found[1].logprobs)
+        assert not torch.allclose(found[0].logprobs, clean[0].logprobs[:6])
 
 
 def test_the_gradient_at_one_head(tiny_llama: HookedModel) -> None:
@@ -65,11 +103,35 @@ def test_the_gradient_at_one_head(tiny_llama: HookedModel) -> None:
         ("blocks.1.attn.hook_z.-1", "head -1"),
         ("blocks.1.hook_resid_pre.0", "hook point of tiny-llama"),
         ("blocks.1.attn.hook_pattern.0", "hook point of tiny-llama"),
+        ("blocks.*.attn.hook_z.4", "No hook point of tiny-llama matches"),
+        ("blocks.*.hook_resid_pre.0", "No hook point of tiny-llama matches"),
+        ("blocks.*.attn.hook_pattern.*", "No hook point of tiny-llama matches"),
     ],
 )
 def test_heads_that_are_not_there(name: str, message: str, tiny_llama: HookedModel) -> None:
     with pytest.raises(ModelError, match=message):
         tiny_llama.activations(TOKENS, name)
+
+
+@pytest.mark.parametrize(
+    ("glob", "names"),
+    [
+        ("blocks.*.attn.hook_z.3", [f"blocks.{i}.attn.hook_z.3" for i in range(3)]),
+        ("blocks.1.attn.hook_z.*", [f"blocks.1.attn.hook_z.{head}" for head in range(4)]),
+        ("blocks.1.attn.hook_v.*", [f"blocks.1.attn.hook_v.{head}" for head in range(2)]),
+        ("blocks.1.attn.hook_[qkv].2", ["blocks.1.attn.hook_q.2"]),
+        ("blocks.1.attn.hook_z.[02]", ["blocks.1.attn.hook_z.0", "blocks.1.attn.hook_z.2"]),
+        ("blocks.[01].*hook_result.1", [f"blocks.{i}.attn.hook_result.1" for i in range(2)]),
+    ],
+)
+def test_globs_of_heads(glob: str, names: list[str], tiny_llama: HookedModel) -> None:
+    """Of the heads that there are: queries have four, keys and values two."""
+    assert [str(name) for name in tiny_llama.resolve(glob)] == names
+
+
+def test_globs_of_points_find_no_heads(tiny_llama: HookedModel) -> None:
+    for glob in ("*", "blocks.*.*", "*.*.attn.*", "blocks.1.attn.hook_*"):
+        assert all(name.head is None for name in tiny_llama.resolve(glob)), glob
 
 
 def test_another_shape_for_one_head(tiny_llama: HookedModel) -> None:

@@ -40,11 +40,12 @@ def check_codes(start: Dictionary | CrossLayerTranscoder) -> None:
     matching pursuit."""
     for each in start.modules():
         if isinstance(each, Activation) and (each.signed or not each.at_once):
+            split = each.signed and isinstance(start, Dictionary)
             raise ConfigError(
                 "The dictionary to fine-tune has codes as no architecture here that is trained",
                 got=each.name,
                 expected="codes that are a function of the pre-activations and never below zero",
-                fix="Split its signs (microtome convert --split-signs)" if each.signed else "Name another dictionary",
+                fix="Split its signs (microtome convert --split-signs)" if split else "Name another dictionary",
             )
 
 

@@ -202,9 +202,11 @@ class _Pass:
 def short_name(names: Sequence[str]) -> str:
     """Several hook points in one line: `blocks.{10,11}.hook_resid_mid` where only the block differs."""
     parsed = [HookName.parse(name) for name in names]
-    if len(names) == 1 or len({name.point for name in parsed}) > 1 or any(name.layer is None for name in parsed):
+    layers = [str(name.layer) for name in parsed if name.layer is not None]
+    points = {name.removeprefix(f"blocks.{at.layer}.") for name, at in zip(names, parsed, strict=True)}
+    if len(names) == 1 or len(points) > 1 or len(layers) < len(names):
         return ", ".join(names)
-    return f"blocks.{{{','.join(str(name.layer) for name in parsed)}}}.{parsed[0].point}"
+    return f"blocks.{{{','.join(layers)}}}.{points.pop()}"
 
 
 def _neuronpedia(sae: DictionaryOrSet) -> str | None:

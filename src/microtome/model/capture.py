@@ -45,6 +45,8 @@ class Capture:
             self.kept[name] = activation
             return activation
         seen = self._part(name, activation).to(device=self.device, dtype=self.dtype)
+        if name.head is not None and _share(seen, activation):
+            seen = seen.clone()  # one head is seen as a view, which would keep all of them in memory
         self.kept[name] = seen
         if not seen.is_inference():
             self.versions[name] = seen._version  # noqa: SLF001 - there is no public name for it
@@ -110,6 +112,10 @@ def select(tensor: Tensor, axis: int, wanted: slice | Sequence[int], what: str) 
         if not -size <= i < size:
             raise InputError(f"There is no such {what}", got=i, expected=f"{-size} to {size - 1}")
     return tensor.index_select(axis, torch.tensor([i % size for i in wanted], device=tensor.device))
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def in_graph(activation: Tensor, name: HookName) -> Tensor:

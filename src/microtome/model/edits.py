@@ -30,9 +30,10 @@ from microtome.common.progress import progress
 from microtome.model.cache import ActivationCache
 from microtome.model.editing import ANY, KINDS, Edit
 from microtome.model.hook_point import HookPoint
-from microtome.model.hooked import HookedModel, Names
+from microtome.model.hooked import HookedModel
 from microtome.model.names import PATTERN, ROUTED, HookName
 from microtome.model.places import Where
+from microtome.model.points import Names
 from microtome.model.prompts import Prompts
 from microtome.text import TokenDataset
 

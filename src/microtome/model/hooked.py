@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from microtome.common.errors import ModelError, unknown_name
+from microtome.common.errors import ModelError
 from microtome.model import prompts, reading
 from microtome.model.anatomy import anatomy
 from microtome.model.cache import ActivationCache
@@ -25,18 +25,18 @@ from microtome.model.factored import FactoredMatrix
 from microtome.model.generation import Generation, Generator, Stream
 from microtome.model.generation_config import GenerateConfig
 from microtome.model.hook_point import HookFn, HookPoint
-from microtome.model.names import HEAD_AXIS, WITH_HEADS, HookName, canonical, matches, one_head
+from microtome.model.names import HookName
 from microtome.model.parameters import input_device
 from microtome.model.places import Decoding
+from microtome.model.points import Names, Points
 from microtome.model.prompts import Prompts, Side
 from microtome.model.reading import ScoredToken
-from microtome.model.specs import FamilySpec, Gated, ModelConfig
+from microtome.model.specs import FamilySpec, ModelConfig
 from microtome.model.switchboard import Switchboard
 from microtome.model.taps import Run, StopForward, Tap
 from microtome.model.weights import Layered, Table, Weights
 from microtome.text.strings import TokenStrings
 
-Names = str | HookName | Sequence[str | HookName] | Callable[[str], bool]
 Tokens = Int[Tensor, "batch pos"]
 Input = str | Sequence[str] | Tensor | Prompts
 Logits = Float[Tensor, "batch pos d_vocab"]
@@ -63,7 +63,7 @@ class HookedModel:
         self.hf, self.tokenizer, self.name, self.spec, self.revision = hf, tokenizer, name, spec, revision
         self.config: ModelConfig = spec.model_config(hf.config)
         self._stations = anatomy(spec, self.config)
-        self._by_text = {str(name): name for name in self._stations}
+        self._points = Points({str(name): name for name in self._stations}, name, self.config, spec.mlp)
         self._run = Run(dtype=hf.dtype)
         self._decoding = Decoding()
         self._switchboard = Switchboard(hf, self._stations, self._run)
@@ -87,43 +87,15 @@ class HookedModel:
     @property
     def hook_points(self) -> list[str]:
         """The names of all hook points of this model, in the order of the forward pass."""
-        return list(self._by_text)
+        return list(self._points.by_text)
 
     def resolve(self, names: Names) -> list[HookName]:
         """Hook names from an exact name, an alias, a glob (`"blocks.*.hook_resid_pre"`), a predicate, or a list of
-        names and globs.
+        names and globs. A number behind a point with heads is one of them, also in globs (`"blocks.*.attn.hook_z.5"`).
 
         Sorted by depth, each once. Raises ModelError for one that this model does not have, listing the nearest.
         """
-        if callable(names):
-            return [name for text, name in self._by_text.items() if names(text)]
-        wanted = [names] if isinstance(names, str | HookName) else names
-        found: set[HookName] = set()
-        for name in wanted:
-            found.update(self._matches(str(name)))
-        return sorted(found)
-
-    def _matches(self, text: str) -> list[HookName]:
-        if any(c in text for c in "*?["):
-            matched = [name for name in self._stations if matches(text, name)]
-            if not matched:
-                raise ModelError(f"No hook point of {self.name} matches {text!r}", fix="model.hook_points lists them")
-            return matched
-        full = canonical(text, gated=isinstance(self.spec.mlp, Gated))
-        name = self._by_text.get(full)
-        if name is not None:
-            return [name]
-        whole = self._by_text.get(full.rpartition(".")[0])
-        if whole is not None and whole.axes in WITH_HEADS:
-            return [one_head(full, getattr(self.config, whole.axes[HEAD_AXIS]))]
-        layer = text.split(".")[1] if text.startswith("blocks.") and text.count(".") > 1 else ""
-        if layer.isdigit() and int(layer) >= self.config.n_layers:
-            raise ModelError(
-                f"There is no hook point {text!r}",
-                got=f"layer {layer}",
-                expected=f"a layer from 0 to {self.config.n_layers - 1} of {self.name}",
-            )
-        raise unknown_name(f"hook point of {self.name}", text, self.hook_points, ModelError)
+        return self._points.resolve(names)
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 

@@ -85,7 +85,8 @@ def visit(taps: Sequence[Tap], activation: Tensor) -> tuple[Tensor, bool]:
         version = _version(activation)
         answer = tap.fn(activation)
         if answer is None or answer is activation:
-            needed |= tap.through or version != _version(activation) or (version is None and answer is not None)
+            changed = version != _version(activation) or (version is None and not tap.reads)
+            needed |= tap.through or changed
             continue
         if answer.shape != activation.shape:
             raise _other_shape(tap.name, answer, activation)

@@ -141,6 +141,8 @@ def _folded(made: AnyDictionary) -> Dictionary:
     if isinstance(made, CrossLayerTranscoder):
         raise ConfigError("The decoder norms of a cross-layer transcoder cannot be folded: a latent has several rows")
     norms = made.W_dec.norm(dim=1)
+    if not made.activation.at_once and torch.allclose(norms, torch.ones_like(norms)):
+        return made  # a rounding error between encoder and decoder would make it another kind than SAELens's
     if (made.k is not None or not made.activation.at_once) and not torch.allclose(norms, norms.mean()):
         raise ConfigError(
             "Folding the decoder norms would change which latents are the largest",

@@ -357,7 +357,7 @@ def _weight_gradient(
         weight.grad.add_(entries.mT @ rows)
         return None
     # In bf16 on a CPU the transposed product is the quicker one.
-    return (rows.mT @ entries).mT.to(torch.float32, memory_format=torch.contiguous_format)
+    return weight.new_empty(weight.shape).copy_((rows.mT @ entries).mT)
 
 
 def _to_b_dec(sums: Float[Tensor, "S F"], encoder: Float[Tensor, "S F d"]) -> Float[Tensor, "S d"]:

@@ -21,6 +21,7 @@ below that are left out.
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,17 @@ from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.selection import kth_largest
 
 L0_ROWS = 2048  # so many are enough to find an L0
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a member of a stack begins with: a dictionary's activation and weights, which its rule may change, and the norms
+    of its decoder rows."""
+
+    activation: Activation
+    encoder: Float[Tensor, "F d_in"]
+    b_enc: Float[Tensor, " F"]
+    norms: Float[Tensor, " F"]
 
 
 def check_codes(start: Dictionary | CrossLayerTranscoder) -> None:
@@ -82,28 +94,24 @@ def _jumprelu(activation: Activation, pre: Float[Tensor, "n F"], bias: Float[Ten
     return JumpReLU(edge.expand(pre.shape[1]).clone())
 
 
-def take_thresholds(
-    activation: Activation, encoder: Float[Tensor, "F d_in"], b_enc: Float[Tensor, " F"]
-) -> Float[Tensor, " F"] | None:
+def take_thresholds(start: Start) -> Float[Tensor, " F"] | None:
     """Make these weights, in place, those of the JumpReLU that a dictionary with this activation is, and return its
     thresholds; None (and nothing changes) where it is none."""
-    found = activation.as_thresholds(b_enc)
+    found = start.activation.as_thresholds(start.b_enc)
     if found is None:
         return None
-    encoder.mul_(found.scale[:, None])
-    b_enc.copy_(found.bias)
+    start.encoder.mul_(found.scale[:, None])
+    start.b_enc.copy_(found.bias)
     return found.threshold
 
 
-def need_thresholds(
-    activation: Activation, encoder: Float[Tensor, "F d_in"], b_enc: Float[Tensor, " F"], architecture: str
-) -> Float[Tensor, " F"]:
+def need_thresholds(start: Start, architecture: str) -> Float[Tensor, " F"]:
     """The same for an architecture that cannot begin otherwise. Raises ConfigError for one that was not given thresholds."""
-    found = take_thresholds(activation, encoder, b_enc)
+    found = take_thresholds(start)
     if found is None:
         raise ConfigError(
             f"The dictionary to fine-tune as {architecture} has an activation without thresholds",
-            got=activation.name,
+            got=start.activation.name,
             expected="relu, jumprelu or gated",
             fix="Give it thresholds (with_thresholds)",
         )

@@ -11,14 +11,14 @@ reconstruction could not hold them: π then costs little, and gates stay open.) 
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from microtome.dictionary import activation as used
 from microtome.dictionary.config import GatedConfig
-from microtome.dictionary.fine_tuning import need_thresholds
+from microtome.dictionary.fine_tuning import Start, need_thresholds
 from microtome.dictionary.kept import Entries, Kept, fires
-from microtome.dictionary.rules import ReLURule, Step
+from microtome.dictionary.rules import NewLatents, ReLURule, Step
 
 
 class GatedRule(ReLURule):
@@ -50,32 +50,18 @@ class GatedRule(ReLURule):
         b_enc.sub_(self.start * sizes)
 
     @torch.no_grad()
-    def begin_again(
-        self,
-        member: int,
-        latents: Int[Tensor, " c"],
-        sizes: Float[Tensor, " c"],
-        share: float,
-        b_enc: Float[Tensor, " c"],
-    ) -> Float[Tensor, " c"]:
-        self.r_mag[member, latents] = 0.0
-        self.b_mag[member, latents] = b_enc
-        return b_enc - self.start * sizes
+    def begin_again(self, member: int, new: NewLatents) -> Float[Tensor, " c"]:
+        self.r_mag[member, new.which] = 0.0
+        self.b_mag[member, new.which] = new.b_enc
+        return new.b_enc - self.start * new.sizes
 
     @torch.no_grad()
-    def begin_with(
-        self,
-        member: int,
-        activation: used.Activation,
-        norms: Float[Tensor, " F"],
-        encoder: Float[Tensor, "F d_in"],
-        b_enc: Float[Tensor, " F"],
-    ) -> None:
+    def begin_with(self, member: int, start: Start) -> None:
         """Thresholds become gates, and the codes stay. Raises ConfigError where there are none."""
-        if isinstance(activation, used.Gated):
-            self.r_mag[member], self.b_mag[member] = activation.r_mag, activation.b_mag
+        if isinstance(start.activation, used.Gated):
+            self.r_mag[member], self.b_mag[member] = start.activation.r_mag, start.activation.b_mag
             return
-        threshold = need_thresholds(activation, encoder, b_enc, self.config.architecture)
+        threshold = need_thresholds(start, self.config.architecture)
         self.r_mag[member] = 0.0
-        self.b_mag[member] = b_enc
-        b_enc.sub_(threshold)
+        self.b_mag[member] = start.b_enc
+        start.b_enc.sub_(threshold)

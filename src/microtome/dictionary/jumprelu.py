@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from microtome.dictionary import activation as used
 from microtome.dictionary.config import JumpReLUConfig
-from microtome.dictionary.fine_tuning import need_thresholds
+from microtome.dictionary.fine_tuning import Start, need_thresholds
 from microtome.dictionary.kept import Entries, Kept, fires, where_positive
-from microtome.dictionary.rules import ReLURule, Step
+from microtome.dictionary.rules import NewLatents, ReLURule, Step
 from microtome.dictionary.selection import PreActivations
 
 _LEAST = 0.01  # of the bandwidth
@@ -88,31 +88,16 @@ class JumpReLURule(ReLURule):
             self.threshold.copy_(self.starts[:, None] * sizes)
 
     @torch.no_grad()
-    def begin_again(
-        self,
-        member: int,
-        latents: Int[Tensor, " c"],
-        sizes: Float[Tensor, " c"],
-        share: float,
-        b_enc: Float[Tensor, " c"],
-    ) -> Float[Tensor, " c"]:
-        self.threshold[member, latents] = self.starts[member] * (
-            sizes if self.config.start_threshold is None else share
-        )
-        return b_enc
+    def begin_again(self, member: int, new: NewLatents) -> Float[Tensor, " c"]:
+        size = new.sizes if self.config.start_threshold is None else new.share
+        self.threshold[member, new.which] = self.starts[member] * size
+        return new.b_enc
 
     @torch.no_grad()
-    def begin_with(
-        self,
-        member: int,
-        activation: used.Activation,
-        norms: Float[Tensor, " F"],
-        encoder: Float[Tensor, "F d_in"],
-        b_enc: Float[Tensor, " F"],
-    ) -> None:
+    def begin_with(self, member: int, start: Start) -> None:
         """Thresholds of zero (those of what was ReLU) stay, and the codes with them; with "tanh" they begin at the least
         that it has. Raises ConfigError for an activation that no thresholds can stand for."""
-        threshold = need_thresholds(activation, encoder, b_enc, self.config.architecture)
+        threshold = need_thresholds(start, self.config.architecture)
         self.threshold[member] = torch.where(threshold > 0, threshold, self.least)
 
 

@@ -19,6 +19,7 @@ from microtome.dictionary.config import DictionaryConfig
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.decoders import CrossLayerDecoder, Decoder, OwnDecoder
 from microtome.dictionary.dictionary import Dictionary, Origin
+from microtome.dictionary.fine_tuning import Start
 from microtome.dictionary.stack import Stack
 from microtome.model import HookName
 
@@ -246,7 +247,7 @@ class Layered(_Points):
         for layer, weight in enumerate(begun.W_dec):
             stack.decoder.rows(layer).copy_(weight.flatten(1))
         for layer, (activation, norms) in enumerate(zip(begun.layer_activations(), stack.norms(), strict=True)):
-            stack.rule.begin_with(layer, activation, norms, begun.encoder[layer], begun.b_enc[layer])
+            stack.rule.begin_with(layer, Start(activation, begun.encoder[layer], begun.b_enc[layer], norms))
         for name in ("encoder", "b_enc", "b_dec", *_skip(stack)):
             getattr(stack, name).copy_(getattr(begun, name))
 

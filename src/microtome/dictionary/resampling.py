@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from microtome.dictionary.rules import NewLatents
 from microtome.dictionary.stack import Stack
 from microtome.dictionary.statistics import geometric_median
 
@@ -53,7 +54,8 @@ def resample(
     share = 1.0 if stack.config.tied else _SHARE
     encoder = stack.encoder[member, which]
     b_enc = encoder.new_zeros(len(which)) if stack.config.centered else -encoder @ x_center
-    stack.b_enc[member, which] = stack.rule.begin_again(member, which, encoder.norm(dim=1), share, b_enc)
+    new = NewLatents(which, encoder.norm(dim=1), share, b_enc)
+    stack.b_enc[member, which] = stack.rule.begin_again(member, new)
     _forget(stack, optimiser, member, which)
 
 

@@ -25,7 +25,7 @@ from microtome.dictionary.config import (
     PenaltyConfig,
     TopKConfig,
 )
-from microtome.dictionary.fine_tuning import take_thresholds
+from microtome.dictionary.fine_tuning import Start, take_thresholds
 from microtome.dictionary.kept import DenseKept, Entries, Kept, SparseKept, where_positive
 from microtome.dictionary.selection import PreActivations, batch_top_k, is_positive, top_k
 
@@ -55,6 +55,17 @@ class Step:
     def of(self, rows: slice, column_sums: Callable[[], Float[Tensor, "S F"]]) -> "Step":
         """The same for some of the rows."""
         return replace(self, weights=self.weights[:, rows], column_sums=column_sums)
+
+
+@dataclass(frozen=True)
+class NewLatents:
+    """Latents of a member with new encoder rows, of the norms `sizes`, `share` times as long as those of others. With the
+    biases `b_enc` the middle of the inputs has pre-activations of zero."""
+
+    which: Int[Tensor, " c"]
+    sizes: Float[Tensor, " c"]
+    share: float
+    b_enc: Float[Tensor, " c"]
 
 
 class Rule(nn.Module, ABC, Generic[C]):
@@ -107,30 +118,14 @@ class Rule(nn.Module, ABC, Generic[C]):
         """Put the rule's parameters, and if need be the encoder's biases, to where they begin, given the norms of the
         encoder's rows: what pre-activations are about the size of."""
 
-    def begin_again(
-        self,
-        member: int,
-        latents: Int[Tensor, " c"],
-        sizes: Float[Tensor, " c"],
-        share: float,
-        b_enc: Float[Tensor, " c"],
-    ) -> Float[Tensor, " c"]:
-        """Put what the rule has for these latents back to its start, and say with which encoder biases they begin: they
-        have new encoder rows of the norms `sizes`, `share` times as long as those of others, and with the biases `b_enc`
-        the mean input has pre-activations of zero."""
-        return b_enc
+    def begin_again(self, member: int, new: NewLatents) -> Float[Tensor, " c"]:
+        """Put what the rule has for these latents back to its start, and say with which encoder biases they begin."""
+        return new.b_enc
 
-    def begin_with(
-        self,
-        member: int,
-        activation: Activation,
-        norms: Float[Tensor, " F"],
-        encoder: Float[Tensor, "F d_in"],
-        b_enc: Float[Tensor, " F"],
-    ) -> None:
-        """Take over what a dictionary's activation holds, for a training that begins with it (`fine_tuning.py`); its
-        encoder and b_enc are brought, in place, to what the rule needs."""
-        take_thresholds(activation, encoder, b_enc)
+    def begin_with(self, member: int, start: Start) -> None:
+        """Take over what a dictionary's activation holds, for a training that begins with it; its encoder and b_enc are
+        brought, in place, to what the rule needs."""
+        take_thresholds(start)
 
     def _kept(self, pre: PreActivations, edges: Float[Tensor, "S F"] | None = None) -> Kept:
         """The entries above their latents' edges (zero, if there are none), or all, if with so many dense products are
@@ -216,17 +211,10 @@ class BatchTopKRule(TopKRule):
         return JumpReLU(self.threshold[member].clamp_min(0) / norms.clamp_min(1e-12))
 
     @torch.no_grad()
-    def begin_with(
-        self,
-        member: int,
-        activation: Activation,
-        norms: Float[Tensor, " F"],
-        encoder: Float[Tensor, "F d_in"],
-        b_enc: Float[Tensor, " F"],
-    ) -> None:
-        threshold = take_thresholds(activation, encoder, b_enc)
+    def begin_with(self, member: int, start: Start) -> None:
+        threshold = take_thresholds(start)
         if threshold is not None and bool((threshold > 0).any()):
-            self.threshold[member] = (threshold * norms).mean()
+            self.threshold[member] = (threshold * start.norms).mean()
 
 
 class MatryoshkaRule(BatchTopKRule):

@@ -23,6 +23,7 @@ from microtome.common.errors import ConfigError
 from microtome.dictionary.config import DictionaryConfig
 from microtome.dictionary.decoders import Decoder, OwnDecoder
 from microtome.dictionary.dictionary import Dictionary, Origin
+from microtome.dictionary.fine_tuning import Start
 from microtome.dictionary.kept import Entries, Kept
 from microtome.dictionary.revival import DeadLatents
 from microtome.dictionary.rules import Rule, Step
@@ -342,7 +343,7 @@ class Stack(nn.Module):
         if self.config.unit_norms:  # in scaled units: a crosscoder's points have scales of their own
             start.fold_decoder_norms()
         self.W_dec[member] = start.W_dec
-        self.rule.begin_with(member, start.activation, self.norms()[member], start.encoder, start.b_enc)
+        self.rule.begin_with(member, Start(start.activation, start.encoder, start.b_enc, self.norms()[member]))
         if self.config.tied and not torch.allclose(start.encoder, start.W_dec, rtol=1e-3, atol=1e-5):
             raise ConfigError(
                 "A tied dictionary cannot begin with one whose encoder is not the transpose of its decoder",

@@ -42,6 +42,7 @@ from microtome.dictionary.signs import split_signs
 from microtome.dictionary.similarity import Similarity, similarity
 from microtome.dictionary.surface import LayeredDictionary, SparseDictionary
 from microtome.dictionary.targeted import scr, tpp
+from microtome.dictionary.temporal import TemporalDictionary
 from microtome.dictionary.trainer import TrainConfig, train, train_cross_layer
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "Similarity",
     "SparseCodes",
     "SparseDictionary",
+    "TemporalDictionary",
     "TopKConfig",
     "TrainConfig",
     "absorption",

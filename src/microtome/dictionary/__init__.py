@@ -40,7 +40,7 @@ from microtome.dictionary.probing import Probing, probing
 from microtome.dictionary.replacement import as_replacement, replacement_logits
 from microtome.dictionary.signs import split_signs
 from microtome.dictionary.similarity import Similarity, similarity
-from microtome.dictionary.surface import LayeredDictionary, SparseDictionary
+from microtome.dictionary.surface import ContextDictionary, LayeredDictionary, SparseDictionary
 from microtome.dictionary.targeted import scr, tpp
 from microtome.dictionary.temporal import TemporalDictionary
 from microtome.dictionary.trainer import TrainConfig, train, train_cross_layer
@@ -49,6 +49,7 @@ __all__ = [
     "Absorption",
     "BatchTopKConfig",
     "Comparison",
+    "ContextDictionary",
     "CrossLayerTranscoder",
     "Dictionary",
     "DictionaryConfig",

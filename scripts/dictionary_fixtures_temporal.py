@@ -11,6 +11,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from safetensors.torch import save_file
 from scripts.fixture_tools import ROOT, D, F, K, expect, inputs, metadata, shake
+from torch import Tensor
 
 SEQUENCES = 2
 SMALL = {"n_heads": 2, "bottleneck_factor": 4}
@@ -18,7 +19,6 @@ SMALL = {"n_heads": 2, "bottleneck_factor": 4}
 
 def temporal() -> None:
     """Every option of the kind, saved by SAELens; and the layout of the release, read by SAELens."""
-    from sae_lens.loading import pretrained_sae_loaders as loaders
     from sae_lens.saes.temporal_sae import TemporalSAE, TemporalSAEConfig
 
     torch.manual_seed(2)
@@ -39,10 +39,18 @@ def temporal() -> None:
         folder = ROOT / "saelens_temporal" / name
         sae.save_model(folder)
         expect(folder, x, sae.encode(x), sae(x))
-    folder = ROOT / "temporal" / "layer_3"
+    for layer, tied in ((3, False), (7, True)):
+        _released(f"layer_{layer}", x, tied=tied)
+
+
+def _released(name: str, x: Tensor, *, tied: bool) -> None:
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from sae_lens.saes.temporal_sae import TemporalSAE, TemporalSAEConfig
+
+    folder = ROOT / "temporal" / name
     folder.mkdir(parents=True)
     said = {
-        "llm": {"dimin": D},
+        "llm": {"dimin": D, "model_hf_name": "owner/tiny"},
         "sae": {
             "exp_factor": F / D,
             "n_heads": 2,
@@ -50,13 +58,13 @@ def temporal() -> None:
             "bottleneck_factor": 4,
             "sae_diff_type": "topk",
             "kval_topk": K,
-            "tied_weights": False,
+            "tied_weights": tied,
             "scaling_factor": 0.25,
         },
-        "data": {"dtype": "float32"},
+        "data": {"dtype": "float32", "hf_name": "owner/text", "context_length": 500},
     }
     (folder / "conf.yaml").write_text(yaml.safe_dump(said), encoding="utf-8")
-    source = TemporalSAE(TemporalSAEConfig(d_in=D, d_sae=F, kval_topk=K, tied_weights=False, **SMALL))
+    source = TemporalSAE(TemporalSAEConfig(d_in=D, d_sae=F, kval_topk=K, tied_weights=tied, **SMALL))
     shake(source)
     theirs = {"W_dec": "D", "W_enc": "E", "b_dec": "b"}
     save_file(
@@ -64,7 +72,7 @@ def temporal() -> None:
         folder / "latest_ckpt.safetensors",
     )
     with mock.patch.object(loaders, "hf_hub_download", lambda filename, **_: str(ROOT / "temporal" / filename)):
-        cfg, weights, _ = loaders.temporal_sae_huggingface_loader("temporal", "layer_3")
+        cfg, weights, _ = loaders.temporal_sae_huggingface_loader("temporal", name)
     sae = TemporalSAE(TemporalSAEConfig.from_dict(cfg))
     sae.load_state_dict(weights)
     expect(folder, x, sae.encode(x), sae(x))

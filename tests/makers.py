@@ -114,7 +114,7 @@ def random_temporal(
     input_norm: InputNorm = "none",
     seed: int = 5,
 ) -> TemporalDictionary:
-    """A temporal dictionary with random weights."""
+    """A temporal dictionary with random weights, whose attention changes much."""
     activation = ReLU() if k is None else TopK(k)
     novel = Dictionary(d_in, d_sae, activation, origin=Origin.at(model, hook), input_norm=input_norm)
     made = TemporalDictionary(novel, [CodeAttention(d_sae, 3, d_sae // 8) for _ in range(layers)], scale=scale)
@@ -123,4 +123,5 @@ def random_temporal(
         for parameter in made.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
         novel.b_enc.zero_()
+        novel.encoder.mul_(2 * d_in)  # codes of about the activations' size, as in trained ones
     return made.requires_grad_(False)

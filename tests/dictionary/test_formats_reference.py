@@ -28,7 +28,7 @@ def test_there_are_fixtures_of_every_library() -> None:
         *("gemma-scope-2b-pt-res", "gemma-scope-2b-pt-transcoders", "gemma-scope-2-270m-pt", "llamascopium"),
         *("circuit_tracer", "qwen_scope", "saelens_temporal", "temporal"),
     }
-    assert len(EXPECTED) == 113
+    assert len(EXPECTED) == 114
 
 
 @pytest.mark.parametrize("name", EXPECTED)

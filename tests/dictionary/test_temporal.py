@@ -20,6 +20,7 @@ from microtome.dictionary import (
     evaluate,
     geometry,
     load_any_dictionary,
+    load_cross_layer_transcoder,
     load_dictionary,
     load_dictionary_or_set,
     save_dictionary,
@@ -57,7 +58,7 @@ def plain_sequence(made: TemporalDictionary, x: Tensor) -> tuple[Tensor, Tensor]
     rest = inside
     for layer in made.layers:
         layer.double()
-        z = (rest @ novel.W_enc).relu()
+        z = (rest @ novel.W_enc * made.scale / (4 * D)).relu()
         predicted = []
         for t in range(len(z)):
             seen = torch.stack([torch.zeros_like(z[0]), *z[:t]])  # zeros, then all tokens before
@@ -71,7 +72,7 @@ def plain_sequence(made: TemporalDictionary, x: Tensor) -> tuple[Tensor, Tensor]
             p = layer.c_proj(torch.cat(heads)).relu() @ made.W_dec
             predicted.append(p * (p @ rest[t]) / (p.norm() + 1e-6 / made.scale) ** 2)
         rest = rest - torch.stack(predicted)
-    pre = (rest @ novel.W_enc).relu()
+    pre = (rest @ novel.W_enc * made.scale / (4 * D)).relu()
     if made.k is not None:
         pre = pre * (pre >= pre.topk(made.k, 1).values[:, -1:])
     return pre, novel.outside(pre @ made.W_dec + (inside - rest) + made.b_dec, x.double())
@@ -120,7 +121,23 @@ def test_what_it_is() -> None:
     with torch.no_grad():
         other.layers[1].v_ctx.bias[0] += 1
     assert other.fingerprint != made.fingerprint
+    heads = TemporalDictionary(made.novel, [CodeAttention(48, 1, 6) for _ in range(2)])
+    heads.attention.load_state_dict(made.attention.state_dict())
+    assert heads.fingerprint != made.fingerprint  # no weight tells how many heads share it
+    assert of_tiny(scale=2.0).fingerprint != made.fingerprint
     assert geometry(made).n_latents == 48
+
+
+def test_making_one_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    assert not any(parameter.any() for parameter in CodeAttention(16, 2, 4).parameters())
+    torch.testing.assert_close(torch.get_rng_state(), before)
+
+
+def test_many_sequences_are_those_of_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = of_tiny(), sequences_of(9)
+    monkeypatch.setattr("microtome.dictionary.temporal._TOKENS", 14)  # two sequences at a time, and one left over
+    torch.testing.assert_close(made.in_context(x), torch.cat([made.in_context(each[None]) for each in x]))
 
 
 def test_rows_without_their_context_are_refused() -> None:
@@ -132,6 +149,8 @@ def test_rows_without_their_context_are_refused() -> None:
         made.decode(codes, x[0])
     with pytest.raises(InputError, match="decodes only beside its input"):
         made.decode(codes)
+    with pytest.raises(InputError, match=r"whole sequences.*\[3, 7, 30\]. Expected: \[batch, pos, 32\]"):
+        made.in_context(x[..., :30])
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -230,6 +249,8 @@ def test_what_takes_each_activation_by_itself_refuses_it(tmp_path: Path) -> None
     save_dictionary(made, tmp_path / "set/one")
     with pytest.raises(ArtifactError, match="is a temporal dictionary.*load_any_dictionary"):
         load_dictionary(tmp_path / "set/one")
+    with pytest.raises(ArtifactError, match=r"no cross-layer transcoder. Got: temporal.*load_any_dictionary"):
+        load_cross_layer_transcoder(tmp_path / "set/one")
     with pytest.raises(ConfigError, match="no set.*a temporal dictionary in one"):
         load_dictionary_or_set(tmp_path / "set")
     with pytest.raises(ConfigError, match="fine-tune has codes that depend on the tokens before"):
@@ -238,10 +259,22 @@ def test_what_takes_each_activation_by_itself_refuses_it(tmp_path: Path) -> None
         save_dictionary(made, tmp_path / "folded", fold_decoder_norms=True)
 
 
-def test_it_moves_to_other_dtypes() -> None:
-    made, x = of_tiny(), sequences_of()
-    half = of_tiny().to(torch.bfloat16)
-    rows = half.in_context(x)
-    assert rows.dtype == torch.bfloat16
-    assert half(x).dtype == torch.float32
-    assert (half(x) - made(x)).norm() < 0.2 * made(x).norm()
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 0.003), (torch.bfloat16, 0.03)])
+def test_small_dtypes_hold_it(dtype: torch.dtype, error: float) -> None:
+    """Also where it was trained on activations times a small number, are these large, and is nothing predicted."""
+    for made, small in (
+        (of_tiny(**more), of_tiny(**more).to(dtype)) for more in ({"k": None}, {"k": None, "scale": 0.005})
+    ):
+        x = sequences_of() * 50
+        rows = small.in_context(x)
+        assert rows.dtype == dtype
+        assert small(x).dtype == torch.float32
+        assert (small(x) - made(x)).norm() < error * made(x).norm()
+        codes, found = (each.encode(each.in_context(x).flatten(0, 1)).to_dense().float() for each in (made, small))
+        assert (found - codes).norm() < 2 * error * codes.norm()
+    with torch.no_grad():
+        for layer in small.layers:
+            layer.c_proj.bias.fill_(-1e3)
+    rows = small.in_context(x)
+    assert (rows[..., D:] == 0).all()
+    assert small(x).isfinite().all()

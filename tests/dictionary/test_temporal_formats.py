@@ -95,6 +95,7 @@ def test_the_command_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     said = json.loads(capsys.readouterr().out)
     assert (said["read_as"], said["written_as"], said["architecture"]) == ("temporal", "saelens", "temporal")
     assert (said["model"], said["reads"], said["k"]) == ("tiny", [HOOK], 3)
+    assert said["b_dec_from_input"] is True
     assert any("reads whole sequences" in note for note in said["notes"])
     assert any("activations times 0.25" in note for note in said["notes"])
     same(opened(FIXTURES / "temporal/layer_3"), opened(tmp_path / "out"))
@@ -118,7 +119,10 @@ def test_the_releases() -> None:
         ({"n_heads": 4, "bottleneck_factor": 4}, None),  # four heads of one number: another dictionary, but one
         ({"bottleneck_factor": "64"}, "bottleneck_factor '64'"),
         ({"n_attn_layers": 2}, r"attn_layers.1.k_ctx.weight None. Expected: attn_layers.1.k_ctx.weight \(4, 16\)"),
-        ({"sae_diff_type": "gated"}, "sae_diff_type 'gated'. Expected: relu or topk"),
+        (
+            {"sae_diff_type": "nullify"},
+            "kind that cannot be read. Got: sae_diff_type 'nullify'. Expected: relu or topk",
+        ),
         ({"kval_topk": 0}, "kval_topk 0"),
         ({"kval_topk": 17}, "k 17, d_sae 16"),
         ({"tied_weights": "yes"}, "tied_weights 'yes'. Expected: true or false"),
@@ -175,6 +179,14 @@ def change(conf: Path, part: str, **values: object) -> None:
         (lambda f: (f / "conf.yaml").write_bytes(b"\xff\xfe\xff"), "conf.yaml is damaged"),
         (lambda f: (f / "conf.yaml").write_text("- 1\n- 2"), "Got: list. Expected: keys and values"),
         (lambda f: (f / "conf.yaml").write_text("sae: 3"), "sae 3. Expected: a JSON object"),
+        (lambda f: (f / "conf.yaml").write_text("when: 2001-99-99"), "conf.yaml is damaged: month"),
+        *(
+            (lambda f, key=key: change(f / "conf.yaml", "sae", **{key: None}), f"{key} None")
+            for key in ("n_heads", "n_attn_layers", "bottleneck_factor", "sae_diff_type", "kval_topk", "tied_weights")
+        ),
+        (lambda f: change(f / "conf.yaml", "sae", scaling_factor=None), "scaling_factor None"),
+        (lambda f: change(f / "conf.yaml", "sae", scaling_factor=10**400), "scaling_factor 1000"),
+        (lambda f: change(f / "conf.yaml", "sae", exp_factor=1e308), "exp_factor 1e[+]308"),
         (lambda f: (f / "conf.yaml").write_text("!!python/object/apply:os.system ['true']"), "conf.yaml is damaged"),
         (lambda f: change(f / "conf.yaml", "llm", dimin=None), "dimin None"),
         (lambda f: change(f / "conf.yaml", "sae", exp_factor="two"), "exp_factor 'two'"),
@@ -185,7 +197,8 @@ def change(conf: Path, part: str, **values: object) -> None:
         (lambda f: (f / "latest_ckpt.safetensors").write_bytes(b"0123"), "latest_ckpt.safetensors is damaged"),
     ],
     ids=[
-        *("open", "bytes", "list", "number", "code", "width", "factor", "small"),
+        *("open", "bytes", "list", "number", "date", "heads", "layers", "bottleneck", "kind", "k", "tied", "unscaled"),
+        *("large_scale", "large", "code", "width", "factor", "small"),
         *("scale", "misfit", "missing", "cut"),
     ],
 )
@@ -195,6 +208,59 @@ def test_damaged_releases(spoil: Callable[[Path], object], message: str, tmp_pat
     spoil(folder)
     with pytest.raises(ArtifactError, match=message):
         load_any_dictionary(folder)
+
+
+def test_what_a_release_says_of_its_model_and_text() -> None:
+    origin = load_any_dictionary(FIXTURES / "temporal/layer_3").origin
+    assert (origin.model_name, origin.context, origin.dataset) == ("owner/tiny", 500, "owner/text")
+    tied = opened(FIXTURES / "temporal/layer_7")
+    torch.testing.assert_close(tied.novel.W_enc, tied.W_dec.T * tied.scale)
+
+
+def test_a_scale_that_the_caller_knows_is_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "layer_3"
+    shutil.copytree(FIXTURES / "temporal/layer_3", folder)
+    change(folder / "conf.yaml", "sae", scaling_factor=None)
+    given = load_any_dictionary(folder, norm_scaling_factor=0.25)
+    assert isinstance(given, TemporalDictionary)
+    same(given, opened(FIXTURES / "temporal/layer_3"))
+    scaled = load_any_dictionary(FIXTURES / "saelens_temporal/scaled", norm_scaling_factor=0.3)
+    assert isinstance(scaled, TemporalDictionary)
+    same(scaled, opened(FIXTURES / "saelens_temporal/scaled"))
+    other = load_any_dictionary(FIXTURES / "saelens_temporal/scaled", norm_scaling_factor=3.0)
+    assert isinstance(other, TemporalDictionary)
+    assert other.scale == 3.0
+    # SAELens's own name for a scale that is in no file means the same arithmetic.
+    average = tmp_path / "average"
+    shutil.copytree(FIXTURES / "saelens_temporal/scaled", average)
+    cfg = json.loads((average / "cfg.json").read_text())
+    (average / "cfg.json").write_text(json.dumps({**cfg, "normalize_activations": "expected_average_only_in"}))
+    (average / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.3}))
+    reading = read_dictionary(average)
+    assert isinstance(reading.dictionary, TemporalDictionary)
+    same(reading.dictionary, opened(FIXTURES / "saelens_temporal/scaled"))
+    assert sum("0.3" in note for note in reading.notes) == 1
+    assert any("a checkpoint of training" in note for note in reading.notes)
+
+
+def test_centred_models(tmp_path: Path) -> None:
+    """On the stream its codes cannot be folded; elsewhere the word changes nothing. Other settings are told."""
+    for hook, refused in ((HOOK, True), ("blocks.3.attn.hook_z", False)):
+        folder = tmp_path / hook
+        shutil.copytree(FIXTURES / "saelens_temporal/topk", folder)
+        cfg = json.loads((folder / "cfg.json").read_text())
+        cfg["metadata"] |= {
+            "hook_name": hook,
+            "model_from_pretrained_kwargs": {"center_writing_weights": True, "fold_ln": True},
+        }
+        (folder / "cfg.json").write_text(json.dumps(cfg))
+        if refused:
+            with pytest.raises(ArtifactError, match="centred activations.*Got: center_writing_weights"):
+                read_dictionary(folder)
+        else:
+            assert any("TransformerLens with fold_ln=True" in note for note in read_dictionary(folder).notes)
+    with pytest.raises(ArtifactError, match="centred activations"):
+        read_dictionary(FIXTURES / "saelens_temporal/topk", hints=Hints(centered=True))
 
 
 def test_a_release_without_its_layers_name(tmp_path: Path) -> None:

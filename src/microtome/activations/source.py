@@ -21,8 +21,8 @@ from microtome.model import HookedModel
 from microtome.model.names import HookName
 from microtome.text import TokenDataset
 
-Sequences = tuple[list[Float[Tensor, "sequence context _"]], Bool[Tensor, "sequence context"]]
-"""The activations of whole sequences at each hook point, and which of their tokens are text."""
+Sequences = tuple[Float[Tensor, "sequence context d"], Bool[Tensor, "sequence context"]]
+"""The activations of whole sequences, and which of their tokens are text."""
 
 
 class ActivationSource(ABC):
@@ -74,10 +74,6 @@ def side_by_side(parts: Sequence[Float[Tensor, "*row _"]]) -> Float[Tensor, "*ro
     return torch.cat([part.to(device=parts[0].device, dtype=dtype) for part in parts], dim=-1)
 
 
-def _of_text(parts: Sequence[Float[Tensor, "sequence context _"]], is_text: Tensor) -> Float[Tensor, "row d"]:
-    return side_by_side([part[is_text.to(part.device)] for part in parts])
-
-
 def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
     """The names without repetition."""
     found = tuple(dict.fromkeys([names] if isinstance(names, str) else names))
@@ -114,11 +110,13 @@ class StoreSource(ActivationSource):
         return np.array([int(self._mask(block).sum()) for block in range(self.n_blocks)])
 
     def read(self, block: int) -> Float[Tensor, "row d"]:
-        return _of_text(*self.sequences(block))
+        is_text, bounds = self._mask(block), self._bounds(block)
+        return side_by_side([self.store.read(name, *bounds)[is_text] for name in self.hook_names])
 
     def sequences(self, block: int) -> Sequences:
         """The block's sequences whole."""
-        return [self.store.read(name, *self._bounds(block)) for name in self.hook_names], self._mask(block)
+        bounds = self._bounds(block)
+        return side_by_side([self.store.read(name, *bounds) for name in self.hook_names]), self._mask(block)
 
     def describe(self) -> JsonObject:
         return {
@@ -168,14 +166,13 @@ class ModelSource(ActivationSource):
         return np.array([int(text_mask(self._tokens(b), self.dataset.special_ids).sum()) for b in range(self.n_blocks)])
 
     def read(self, block: int) -> Float[Tensor, "row d"]:
-        return _of_text(*self.sequences(block))
+        parts, is_text = self._run(block)
+        return side_by_side([part[is_text.to(part.device)] for part in parts])
 
-    @torch.no_grad()
     def sequences(self, block: int) -> Sequences:
         """The block's sequences whole."""
-        tokens = self._tokens(block)
-        cache = self.model.activations(tokens, self.hook_names)
-        return [cache[name].flatten(2) for name in self.hook_names], text_mask(tokens, self.dataset.special_ids)
+        parts, is_text = self._run(block)
+        return side_by_side(parts), is_text
 
     def describe(self) -> JsonObject:
         return {
@@ -193,6 +190,13 @@ class ModelSource(ActivationSource):
                 "special_ids": list(self.dataset.special_ids),
             },
         }
+
+    @torch.no_grad()
+    def _run(self, block: int) -> tuple[list[Float[Tensor, "sequence context _"]], Bool[Tensor, "sequence context"]]:
+        """The block's activations at each hook point, and which of its tokens are text."""
+        tokens = self._tokens(block)
+        cache = self.model.activations(tokens, self.hook_names)
+        return [cache[name].flatten(2) for name in self.hook_names], text_mask(tokens, self.dataset.special_ids)
 
     def _tokens(self, block: int) -> Int[Tensor, "sequence context"]:
         start = block * self.sequences_per_block

@@ -30,6 +30,13 @@ class DictionarySet(nn.Module):
     def __init__(self, members: Sequence[Dictionary]) -> None:
         super().__init__()
         require(len(members) > 0, "A set has at least one dictionary", got="none")
+        # Others would be left out of the codes in silence, and not every caller has a type checker.
+        others = [type(each).__name__ for each in members if not isinstance(each, Dictionary)]  # type: ignore[redundant-expr]
+        require(
+            not others,
+            "The dictionaries of a set have one point each, and codes of single activations",
+            got=", ".join(others),
+        )
         origins = [member.origin for member in members]
         several = next((o for o in origins if len(o.inputs) > 1 or len(o.outputs) > 1), None)
         if several is not None:

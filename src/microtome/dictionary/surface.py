@@ -27,10 +27,10 @@ class SparseDictionary(Protocol):
     d_out: int
     d_sae: int
 
-    def encode(self, x: Float[Tensor, "n d_in"], /) -> SparseCodes:
-        """The codes of each row."""
+    def encode(self, rows: Float[Tensor, "n d_row"], /) -> SparseCodes:
+        """The codes of rows as `Read.rows` makes them."""
 
-    def decode(self, codes: SparseCodes, x: Float[Tensor, "n d_in"] | None = None, /) -> Float[Tensor, "n d_out"]:
+    def decode(self, codes: SparseCodes, rows: Float[Tensor, "n d_row"] | None = None, /) -> Float[Tensor, "n d_out"]:
         """The reconstruction or prediction from codes."""
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -2,12 +2,12 @@
 
     r = N(x) − b_dec
     for each layer of attention:
-        z = ReLU(r W_enc)        p = ReLU(attention of z_t to z_0 … z_{t−1})        r ← r − (proj. of r on p W_dec)
-    f = activation(r W_enc)      ŷ = N⁻¹(f W_dec + (N(x) − b_dec − r) + b_dec)
+        z = ReLU(g r W_enc)      p = ReLU(attention of z_t to z_0 … z_{t−1})        r ← r − (proj. of r on p W_dec)
+    f = activation(g r W_enc)    ŷ = N⁻¹(f W_dec + (N(x) − b_dec − r) + b_dec)        g = scale / 4 d_in
 
-(Lubana et al. 2025, "Priors in Time", arXiv 2511.01836; the details, as the 1e-6 beside the norm and the zeros that the first
-token attends to, are those of SAELens 6.54, `temporal_sae.py`.) Only f is sparse and has a meaning; the predicted part is
-dense and is not shown as features.
+(Lubana et al. 2025, "Priors in Time", arXiv 2511.01836; the details, as g, the 1e-6 beside the norm and the zeros that the
+first token attends to, are those of SAELens 6.54, `temporal_sae.py`.) Only f is sparse and has a meaning; the predicted part
+is dense and is not shown as features.
 
 So codes depend on the tokens before, and are no function of one activation alone. All that looks back is in `in_context`:
 it puts beside each activation what is predicted of it. `encode` and `decode` take such rows, each for itself, so that
@@ -30,13 +30,14 @@ from microtome.dictionary.codes import SparseCodes
 from microtome.dictionary.dictionary import Dictionary, InputNorm
 
 _EPSILON = 1e-6  # beside a norm, in units of the activations that it was trained on
+_TOKENS = 2048  # of so many at a time are there dense codes
 
 
 class CodeAttention(nn.Module):
     """Causal attention from each token's dense codes to those of the tokens before; before the first there are zeros.
 
     Queries and keys have `d_attn` numbers for all heads together, values all d_sae; the parameters are called as in
-    SAELens.
+    SAELens, and begin as zeros.
     """
 
     def __init__(self, d_sae: int, n_heads: int, d_attn: int) -> None:
@@ -48,8 +49,8 @@ class CodeAttention(nn.Module):
             got=f"{n_heads} heads, d_sae {d_sae}, d_attn {d_attn}",
         )
         self.n_heads, self.d_attn = n_heads, d_attn
-        self.k_ctx, self.q_target = nn.Linear(d_sae, d_attn), nn.Linear(d_sae, d_attn)
-        self.v_ctx, self.c_proj = nn.Linear(d_sae, d_sae), nn.Linear(d_sae, d_sae)
+        self.k_ctx, self.q_target = _zeros(d_sae, d_attn), _zeros(d_sae, d_attn)
+        self.v_ctx, self.c_proj = _zeros(d_sae, d_sae), _zeros(d_sae, d_sae)
 
     def forward(self, z: Float[Tensor, "batch pos d_sae"]) -> Float[Tensor, "batch pos d_sae"]:
         """What the codes before say of each token's."""
@@ -61,9 +62,17 @@ class CodeAttention(nn.Module):
         return predicted
 
 
+def _zeros(d_in: int, d_out: int) -> nn.Linear:
+    made: nn.Linear = nn.utils.skip_init(nn.Linear, d_in, d_out)
+    for parameter in made.parameters():
+        nn.init.zeros_(parameter)
+    return made
+
+
 class TemporalDictionary(nn.Module):
-    """`novel` is the dictionary of what is new, an autoencoder with ReLU or TopK; `attention` the layers that predict the
-    rest. `scale` is what its activations were multiplied by in training, and is in its weights already.
+    """`novel` is the dictionary of what is new, an autoencoder with ReLU or TopK, whose encoder reads `gain` times that;
+    `attention` the layers that predict the rest. `scale` is what the activations were multiplied by in training: W_dec and
+    b_dec are divided by it already.
 
     d_in is the width of an activation; the rows of `encode` and `decode` have twice that: the activation, then what is
     predicted of it.
@@ -120,6 +129,16 @@ class TemporalDictionary(nn.Module):
         return self.novel.activation
 
     @property
+    def gain(self) -> float:
+        """What the encoder's inputs are multiplied by. It is no part of the weights: small dtypes could not hold them."""
+        return self.scale / (4 * self.d_in)
+
+    @property
+    def center(self) -> bool:
+        """Whether b_dec is taken from the input."""
+        return self.novel.center
+
+    @property
     def input_norm(self) -> InputNorm:
         return self.novel.input_norm
 
@@ -139,8 +158,10 @@ class TemporalDictionary(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that name the weights: equal weights in one dtype have equal fingerprints."""
-        digest = hashlib.sha256(self.novel.fingerprint.encode())
+        """Sixteen hex digits that name the weights, the scale and the heads: equal ones in one dtype have equal
+        fingerprints."""
+        about = f"{self.novel.fingerprint} {self.scale} {[each.n_heads for each in self.layers]}"
+        digest = hashlib.sha256(about.encode())
         for name, tensor in sorted(self.attention.named_parameters()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -150,27 +171,39 @@ class TemporalDictionary(nn.Module):
 
     def in_context(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_row"]:
         """Rows for `encode` and `decode` from whole sequences, from their first token on: each activation, and behind it
-        what is predicted of it, in units of N(x)."""
+        what is predicted of it, in units of N(x). Raises InputError for activations of another shape."""
+        if x.ndim != 3 or x.shape[2] != self.d_in:
+            raise InputError(
+                "A temporal dictionary reads whole sequences", got=list(x.shape), expected=f"[batch, pos, {self.d_in}]"
+            )
         x = x.to(self.b_dec.dtype)
         inside = self.novel.inside(x.flatten(0, 1)).view_as(x)
+        at_once = max(1, _TOKENS // max(1, x.shape[1]))
+        return torch.cat([x, torch.cat([self._predicted(part) for part in inside.split(at_once)])], -1)
+
+    def _predicted(self, inside: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
+        """What attention says of each token. Squares of norms leave small dtypes, so the projection is in float32 at least."""
         rest = inside
         for layer in self.layers:
-            predicted = layer(functional.linear(rest, self.novel.encoder).relu()).relu() @ self.W_dec
-            norm = predicted.norm(dim=-1, keepdim=True) + _EPSILON / self.scale
-            rest = rest - (predicted * rest).sum(-1, keepdim=True) / norm.square() * predicted
-        return torch.cat([x, inside - rest], -1)
+            codes = layer(functional.linear(rest * self.gain, self.novel.encoder).relu()).relu()
+            p = codes @ self.W_dec
+            wide, whole = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (p, rest))
+            norm = wide.norm(dim=-1, keepdim=True) + _EPSILON / self.scale
+            rest = (whole - (wide * whole).sum(-1, keepdim=True) / norm.square() * wide).to(inside.dtype)
+        return inside - rest
 
     def encode(self, rows: Float[Tensor, "n d_row"]) -> SparseCodes:
         """The codes of what is new in each row. Raises InputError for rows that are not of `in_context`."""
-        x, predicted = self._parts(rows)
+        x, predicted = self._split(rows)
         novel = self.novel
-        return novel.activation.encode(novel.inside(x) - predicted, novel.encoder, novel.b_enc, novel.W_dec)
+        rest = novel.inside(x) - predicted
+        return novel.activation.encode(rest * self.gain, novel.encoder, novel.b_enc, novel.W_dec)
 
     def decode(self, codes: SparseCodes, rows: Float[Tensor, "n d_row"] | None = None) -> Float[Tensor, "n d_out"]:
         """f W_dec and what is predicted. Raises InputError where the rows are not given, or not of `in_context`."""
         if rows is None:
             raise InputError("A temporal dictionary decodes only beside its input", fix="Pass the rows as well")
-        x, predicted = self._parts(rows)
+        x, predicted = self._split(rows)
         return self.novel.outside(codes.times(self.W_dec) + predicted + self.b_dec, x)
 
     def forward(self, x: Float[Tensor, "*batch pos d_in"]) -> Float[Tensor, "*batch pos d_out"]:
@@ -178,7 +211,7 @@ class TemporalDictionary(nn.Module):
         rows = self.in_context(x.reshape(-1, *x.shape[-2:])).flatten(0, 1)
         return self.decode(self.encode(rows), rows).to(x.dtype).view(x.shape)
 
-    def _parts(self, rows: Float[Tensor, "n d_row"]) -> tuple[Tensor, Tensor]:
+    def _split(self, rows: Float[Tensor, "n d_row"]) -> tuple[Tensor, Tensor]:
         """The activations, and what is predicted of them."""
         if rows.shape[1] != 2 * self.d_in:
             raise InputError(

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from microtome.activations import ActivationStore, ModelSource, StoreSource
-from microtome.activations.source import side_by_side
 from microtome.common.artifacts import Draft, atomic_file, draft, read_head, read_json, write_json
 from microtome.common.config import JsonObject, difference, from_dict, to_dict
 from microtome.common.errors import ArtifactError, InputError, ModelError
@@ -159,9 +158,9 @@ class _Pass:
         """What the dictionary's `encode` takes, of a block's text tokens."""
         if not isinstance(self.sae, ContextDictionary):
             return self.source.read(block)
-        parts, is_text = self.source.sequences(block)
+        x, is_text = self.source.sequences(block)
         weight = next(self.sae.parameters())
-        rows = self.sae.in_context(side_by_side(parts).to(weight.device, weight.dtype))
+        rows = self.sae.in_context(x.to(weight.device, weight.dtype))
         return rows[is_text.to(rows.device)]
 
     def run(self, made: Draft) -> FeatureSummary:

@@ -133,7 +133,7 @@ def load_cross_layer_transcoder(
     made = load_any_dictionary(name, format, model_name=model_name, device=device, dtype=dtype)
     if not isinstance(made, CrossLayerTranscoder):
         raise ArtifactError(
-            f"{name} is no cross-layer transcoder", got=made.architecture, fix="Open it with load_dictionary"
+            f"{name} is no cross-layer transcoder", got=made.architecture, fix="Open it with load_any_dictionary"
         )
     return made
 
@@ -188,7 +188,7 @@ def load_dictionary_set(path: str | Path, *, device: str = "cpu", dtype: str = "
 
 
 def load_dictionary_or_set(name: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionaryOrSet:
-    """Whatever `name` holds: a dictionary of either class, or a folder of several that make a set. Names and errors are
+    """Whatever `name` holds: a dictionary of any class, or a folder of several that make a set. Names and errors are
     those of `load_dictionary` and `load_dictionary_set`."""
     path = Path(name)
     if path.is_dir() and not _is_dictionary(path) and _folders(path):

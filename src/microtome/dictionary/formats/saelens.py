@@ -14,7 +14,7 @@ from torch import Tensor
 from microtome.common.artifacts import read_json
 from microtome.common.errors import ArtifactError
 from microtome.dictionary.activation import AbsTopK, Activation, Gated, JumpReLU, ReLU, TopK
-from microtome.dictionary.dictionary import Dictionary, InputNorm
+from microtome.dictionary.dictionary import Dictionary, InputNorm, Origin
 from microtome.dictionary.formats.hooks import on_the_stream
 from microtome.dictionary.formats.own import KEY, WEIGHTS
 from microtome.dictionary.formats.reading import (
@@ -137,17 +137,21 @@ def _read_temporal(
     folder: Path, cfg: SaeLensCfg, temporal: TemporalCfg, hints: Hints, file: TensorFile, notes: list[str]
 ) -> Reading:
     """A temporal dictionary. What is folded into the others changes what attention predicts, but for one scale."""
-    centered = hints.centered or cfg.model_kwargs.get("center_writing_weights")
+    origin = hints.applied(cfg.origin)
+    centered = _is_centered(origin, cfg, hints)
     if cfg.normalize == "covariance_whitening" or centered:
         raise ArtifactError(
             f"The dictionary at {folder} is a temporal one on whitened or centred activations, which cannot be folded into it",
             got="center_writing_weights" if centered else cfg.normalize,
         )
     file.refuse("b_enc", "scaling_factor", "finetuning_scaling_factor", *(set(_OF_SOME) - {"attn_layers"}))
-    scale = temporal.factor if cfg.normalize == SCALAR else _scale(folder, cfg, hints, [])
+    given = hints.norm_scaling_factor
+    scale = _scale(folder, cfg, hints, notes)
+    if cfg.normalize == SCALAR:
+        scale = temporal.factor if given is None else given
     made = build_temporal(
         folder,
-        hints.applied(cfg.origin),
+        origin,
         file,
         temporal,
         d_in=cfg.d_in,
@@ -156,7 +160,9 @@ def _read_temporal(
         scale=scale,
         input_norm=_norm(cfg),
     )
-    return Reading(dictionary=made, format=NAME, notes=(*notes, *notes_of(made), *leftover(file.left)))
+    _model_notes(cfg, notes)
+    said = notes_of(made, scaled=cfg.normalize == SCALAR)
+    return Reading(dictionary=made, format=NAME, notes=(*notes, *said, *leftover(file.left)))
 
 
 def _norm(cfg: SaeLensCfg) -> InputNorm:
@@ -239,13 +245,22 @@ def _finetuning(folder: Path, cfg: SaeLensCfg, file: TensorFile, W_dec: Tensor, 
     return W_dec * factor[:, None]
 
 
-def _centering(made: Dictionary, cfg: SaeLensCfg, hints: Hints, notes: list[str]) -> None:
+def _model_notes(cfg: SaeLensCfg, notes: list[str]) -> None:
     others = {key: value for key, value in cfg.model_kwargs.items() if key != "center_writing_weights"}
     if others:
         told = ", ".join(f"{key}={value}" for key, value in others.items())
         notes.append(f"trained on a model that was loaded in TransformerLens with {told}")
-    asked = hints.centered or cfg.model_kwargs.get("center_writing_weights")
-    if not asked or not on_the_stream(made.hook_name):
+
+
+def _is_centered(origin: Origin, cfg: SaeLensCfg, hints: Hints) -> bool:
+    """Whether its activations had mean zero in training, and have not here."""
+    asked = hints.centered or bool(cfg.model_kwargs.get("center_writing_weights"))
+    return asked and on_the_stream(origin.inputs[0])
+
+
+def _centering(made: Dictionary, cfg: SaeLensCfg, hints: Hints, notes: list[str]) -> None:
+    _model_notes(cfg, notes)
+    if not _is_centered(made.origin, cfg, hints):
         return
     if made.input_norm == "constant_norm_rescale" or not made.activation.at_once:
         what = made.activation.name if made.input_norm == "none" else "normalize_activations 'constant_norm_rescale'"

@@ -13,7 +13,7 @@ from microtome.common.errors import ArtifactError, ModelError
 from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model
 from microtome.dictionary.formats.reading import UNKNOWN
-from microtome.dictionary.formats.temporal import TemporalCfg, read_temporal
+from microtome.dictionary.formats.temporal import TemporalCfg, read_saelens
 from microtome.dictionary.formats.values import damaged, flag, is_number, table, text, whole
 from microtome.model import HookName
 
@@ -102,7 +102,7 @@ def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
         d_out=whole(file, flat, "d_out") if transcoder else d_in,
         k=whole(file, flat, "k") if kind in ("topk", "abstopk") else None,
         pursuit=read_pursuit(file, flat, d_in) if kind == "matching_pursuit" else None,
-        temporal=read_temporal(file, flat) if kind == "temporal" else None,
+        temporal=read_saelens(file, flat) if kind == "temporal" else None,
         center=center,
         normalize=normalize,
         rescale=_rescale(kind, flat),

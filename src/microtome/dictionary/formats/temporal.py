@@ -21,11 +21,20 @@ from microtome.dictionary.activation import ReLU, TopK
 from microtome.dictionary.dictionary import InputNorm, Origin
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
-from microtome.dictionary.formats.values import damaged, flag, is_number, table, text, whole
+from microtome.dictionary.formats.values import damaged, flag, is_number, is_whole, table, text, whole
 from microtome.dictionary.temporal import CodeAttention, TemporalDictionary
 
 NAME, CONF, WEIGHTS = "temporal", "conf.yaml", "latest_ckpt.safetensors"
 _OURS = {"D": "W_dec", "E": "W_enc", "b": "b_dec"}
+_DEFAULTS = {
+    "n_heads": 8,
+    "n_attn_layers": 1,
+    "bottleneck_factor": 64,
+    "sae_diff_type": "topk",
+    "tied_weights": True,
+    "activation_normalization_factor": 1.0,
+}
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +50,38 @@ class TemporalCfg:
     """What the activations are multiplied by, where their normalisation is `constant_scalar_rescale`."""
 
 
-def read_temporal(file: Path, said: Mapping[str, Any], factor: str = "activation_normalization_factor") -> TemporalCfg:
-    """The keys of a temporal dictionary, with SAELens's defaults for those that are not there. Raises ArtifactError for
-    values that cannot be."""
-    cfg = {"n_heads": 8, "n_attn_layers": 1, "bottleneck_factor": 64, "sae_diff_type": "topk", factor: 1.0, **said}
-    if cfg["sae_diff_type"] not in ("relu", "topk"):
-        raise damaged(file, "sae_diff_type", cfg["sae_diff_type"], "relu or topk")
-    if not is_number(cfg[factor]) or not 0 < cfg[factor] < float("inf"):
-        raise damaged(file, factor, cfg[factor], "a positive number")
-    chooses = cfg["sae_diff_type"] == "topk" and cfg.get("kval_topk") is not None
+def read_saelens(file: Path, said: Mapping[str, Any]) -> TemporalCfg:
+    """The keys of SAELens's cfg.json, with its defaults for those that are not there. A TopK without k is a ReLU there."""
+    cfg = {**_DEFAULTS, **said}
+    if cfg["sae_diff_type"] == "topk" and cfg.get("kval_topk") is None:
+        cfg["sae_diff_type"] = "relu"
+    return read_temporal(file, cfg, "activation_normalization_factor")
+
+
+def read_temporal(file: Path, cfg: Mapping[str, Any], factor: str) -> TemporalCfg:
+    """The keys of a temporal dictionary, with that of its scale. Raises ArtifactError where one is not there or cannot be."""
+    kind = cfg.get("sae_diff_type")
+    if kind not in ("relu", "topk"):
+        raise ArtifactError(
+            f"The temporal dictionary of {file} is of a kind that cannot be read",
+            got=f"sae_diff_type {kind!r}",
+            expected="relu or topk",
+        )
     return TemporalCfg(
         n_heads=whole(file, cfg, "n_heads"),
         n_layers=whole(file, cfg, "n_attn_layers"),
         bottleneck=whole(file, cfg, "bottleneck_factor"),
-        k=whole(file, cfg, "kval_topk") if chooses else None,
-        tied=flag(file, cfg, "tied_weights", missing=True),
-        factor=float(cfg[factor]),
+        k=whole(file, cfg, "kval_topk") if kind == "topk" else None,
+        tied=flag(file, cfg, "tied_weights"),
+        factor=_positive(file, cfg, factor),
     )
+
+
+def _positive(file: Path, cfg: Mapping[str, Any], key: str) -> float:
+    value = cfg.get(key)
+    if not is_number(value) or not 0 < value < _LARGEST:
+        raise damaged(file, key, value, "a positive number")
+    return float(value)
 
 
 def build_temporal(  # noqa: PLR0913 – what a config says beside the keys of this kind alone
@@ -87,7 +111,7 @@ def build_temporal(  # noqa: PLR0913 – what a config says beside the keys of t
         origin,
         ReLU() if cfg.k is None else TopK(cfg.k),
         Weights(
-            W_enc=W_enc * (scale / (4 * d_in)),
+            W_enc=W_enc,
             W_dec=W_dec / scale,
             b_dec=b_dec / scale if center or not cfg.tied else None,
         ),
@@ -130,7 +154,7 @@ def cfg_of_temporal(made: TemporalDictionary) -> dict[str, Any]:
 def tensors_of_temporal(made: TemporalDictionary) -> dict[str, Tensor]:
     """The tensors beside it, with the scale taken out of the weights."""
     tensors = {
-        "W_enc": made.novel.W_enc * (4 * made.d_in / made.scale),
+        "W_enc": made.novel.W_enc,
         "W_dec": made.W_dec * made.scale,
         "b_dec": made.b_dec * made.scale,
     }
@@ -150,23 +174,32 @@ def read(folder: Path, hints: Hints) -> Reading:
     conf = folder / CONF
     try:
         said = yaml.safe_load(conf.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{conf} is damaged: {str(error).splitlines()[0]}") from error
     if not isinstance(said, dict):
         raise ArtifactError(f"{conf} is damaged", got=type(said).__name__, expected="keys and values")
-    sae, llm = table(conf, said, "sae"), table(conf, said, "llm")
-    cfg, d_in, expansion = read_temporal(conf, sae, "scaling_factor"), whole(conf, llm, "dimin"), sae.get("exp_factor")
-    if not is_number(expansion) or not 0 < expansion < float("inf") or int(d_in * expansion) == 0:
-        raise damaged(conf, "exp_factor", expansion, "a positive number")
+    sae, llm, data = (table(conf, said, key) for key in ("sae", "llm", "data"))
+    if hints.norm_scaling_factor is not None:
+        sae["scaling_factor"] = hints.norm_scaling_factor
+    cfg, d_in = read_temporal(conf, sae, "scaling_factor"), whole(conf, llm, "dimin")
+    d_sae, context = int(d_in * _positive(conf, sae, "exp_factor")), data.get("context_length")
+    if not 0 < d_sae < _LARGEST:
+        raise damaged(conf, "exp_factor", sae["exp_factor"], "a number that gives d_sae")
+    origin = Origin(
+        model_name=text(llm, "model_hf_name") or UNKNOWN,
+        inputs=(_hook(folder),),
+        context=context if is_whole(context) else None,
+        dataset=text(data, "hf_name"),
+    )
     tensors = {_OURS.get(name, name): tensor for name, tensor in read_safetensors(folder / WEIGHTS).items()}
     file = TensorFile(folder / WEIGHTS, tensors, CONF)
     made = build_temporal(
         folder,
-        hints.applied(Origin(model_name=UNKNOWN, inputs=(_hook(folder),), dataset=text(said, "dataset"))),
+        hints.applied(origin),
         file,
         cfg,
         d_in=d_in,
-        d_sae=int(d_in * expansion),
+        d_sae=d_sae,
         center=True,
         scale=cfg.factor,
     )
@@ -175,10 +208,10 @@ def read(folder: Path, hints: Hints) -> Reading:
     return Reading(dictionary=made, format=NAME, notes=(*notes_of(made), *leftover(file.left)))
 
 
-def notes_of(made: TemporalDictionary) -> list[str]:
-    """What a user should know."""
+def notes_of(made: TemporalDictionary, *, scaled: bool = True) -> list[str]:
+    """What a user should know; with `scaled` the scale, unless something else has said it."""
     notes = ["temporal: its codes depend on the tokens before, BOS among them, so it reads whole sequences"]
-    if made.scale != 1:
+    if scaled and made.scale != 1:
         notes.append(f"trained on activations times {made.scale:.6g}, which was folded into the weights")
     return notes
 

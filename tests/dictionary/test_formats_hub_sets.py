@@ -138,3 +138,80 @@ def test_what_makes_no_set(tmp_path: Path) -> None:
         load_dictionary_set("hf://someone/saes/*/layers.3")
     with pytest.raises(ArtifactError, match="gpt2-small-res-jb is a release of many dictionaries.*gpt2-small-res-jb/."):
         load_dictionary_set("gpt2-small-res-jb")
+
+
+def test_transcoders_that_a_config_names(hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `mntss/gemma-scope-transcoders` does: no weights, and a file of another repository for each layer."""
+    inside = "layer_3/width_16k/average_l0_5"
+    source = "gemma-scope-2b-pt-transcoders"
+    for layer in range(2):
+        copy(f"{source}/{inside}", tmp_path / f"hub/google/{source}/layer_{layer}/width_16k/average_l0_5", "params.npz")
+    names = [f"hf://google/{source}/layer_{layer}/width_16k/average_l0_5/params.npz" for layer in (1, 0)]
+    top = tmp_path / "hub/mntss/gemma-scope-transcoders"
+    top.mkdir(parents=True)
+    (top / "config.yaml").write_text(CONFIG + "".join(f'  - "{name}"  # one\n' for name in names))
+    made = load_dictionary_or_set("hf://mntss/gemma-scope-transcoders")
+    assert isinstance(made, DictionarySet)
+    assert (made.origin.inputs, made.origin.model_name) == (HOOKS, "google/gemma-2-2b")  # by their place in the list
+    assert made.origin.outputs == ("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out")
+    alone = [load_dictionary(name).fingerprint for name in names]
+    assert [each.fingerprint for each in load_dictionaries(made.path)] == alone
+    assert len(hub) == 2  # the config, and the weights, whose content is the same
+    with pytest.raises(ArtifactError, match="Open them together with load_dictionary_set"):
+        load_dictionary("hf://mntss/gemma-scope-transcoders")
+    offline(tmp_path, monkeypatch)
+    assert load_dictionary_set("hf://mntss/gemma-scope-transcoders").fingerprint == made.fingerprint
+
+
+CONFIG = """model_name: "google/gemma-2-2b"
+model_kind: transcoder_set
+feature_input_hook: ln2.hook_normalized
+feature_output_hook: hook_mlp_out
+transcoders:
+"""
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        "- a/layer_0.safetensors\n- 'b/layer_1.safetensors'",
+        "  # two\n\n  - a/layer_0.safetensors\n  - b/layer_1.safetensors\nscan: x",
+    ],
+    ids=["flat", "indented"],
+)
+def test_a_config_that_names_files_on_this_disk(listed: str, tmp_path: Path) -> None:
+    copy("circuit_tracer/relu", tmp_path / "a", "layer_0.safetensors")
+    copy("circuit_tracer/relu", tmp_path / "b", "layer_1.safetensors")
+    (tmp_path / "config.yaml").write_text(CONFIG + listed)
+    made = load_dictionary_set(tmp_path)
+    assert made.origin.inputs == HOOKS
+    assert [each.fingerprint for each in made.dictionaries] == [
+        load_dictionary(FIXTURES / f"circuit_tracer/relu/layer_{i}.safetensors").fingerprint for i in range(2)
+    ]
+    (tmp_path / "config.yaml").write_text(CONFIG.strip() + " [a/layer_0.safetensors, 'b/layer_1.safetensors']")
+    assert load_dictionary_set(tmp_path).fingerprint == made.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (f"{CONFIG}  - id: one\n    filepath: hf://a/b/c", "names a transcoder that cannot be opened. Got: id: one"),
+        (f"{CONFIG}  - nowhere.safetensors", "cannot be opened. Got: nowhere.safetensors. Expected: a list of hf://"),
+        (f"{CONFIG}  - hf://google", "No address on the hub"),
+        (f"{CONFIG}  - hf://google/nothing/x.npz", "could not be fetched|cannot be reached"),
+        (
+            CONFIG.replace("transcoder_set", "cross_layer_transcoder")
+            + "  - hf://google/clt/x/params_layer_0.safetensors",
+            "Open the folder of its files, hf://google/clt/x, with load_cross_layer_transcoder",
+        ),
+        (CONFIG, "There are no dictionaries in .* a folder with config.yaml"),
+    ],
+    ids=["mapping", "missing", "address", "hub", "cross-layer", "none"],
+)
+def test_configs_whose_transcoders_cannot_be_opened(
+    config: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline(tmp_path, monkeypatch)
+    (tmp_path / "config.yaml").write_text(config)
+    with pytest.raises(ArtifactError, match=message):
+        load_dictionary_set(tmp_path)

@@ -95,9 +95,10 @@ ALIASES = {
     "mlp.hook_out": "hook_mlp_out",
 }
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_HEAD = re.compile(r"(.+)\.(\d+)")
-_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.+)")
+_DIGITS = 9  # of a layer's, head's or expert's number; `int` refuses text of more than 4,300
+_BLOCK = re.compile(rf"blocks\.(\d{{1,{_DIGITS}}})\.(.+)")
+_HEAD = re.compile(rf"(.+)\.(\d{{1,{_DIGITS}}})")
+_EXPERT = re.compile(rf"mlp\.experts\.(\d{{1,{_DIGITS}}})\.(.+)")
 _ORDER = {point: i for i, point in enumerate(POINTS)}
 
 
@@ -165,10 +166,15 @@ class HookName:
         return self.depth < other.depth
 
 
+def is_below(text: str, n: int) -> bool:
+    """Whether a text is a number from 0 to n − 1."""
+    return text.isdecimal() and len(text) <= _DIGITS and int(text) < n
+
+
 def one_head(text: str, n: int) -> HookName:
     """One head of a point that has `n`. Raises ModelError for a head that is not there."""
     head = text.rpartition(".")[2]
-    if not head.isdecimal() or int(head) >= n:
+    if not is_below(head, n):
         raise ModelError(f"There is no hook point {text!r}", got=f"head {head}", expected=f"a head from 0 to {n - 1}")
     return HookName.parse(text)
 

@@ -5,7 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from microtome.common.errors import ModelError, unknown_name
-from microtome.model.names import HEAD_AXIS, WITH_HEADS, HookName, canonical, is_glob, matches, no_match, one_head
+from microtome.model.names import (
+    HEAD_AXIS,
+    WITH_HEADS,
+    HookName,
+    canonical,
+    is_below,
+    is_glob,
+    matches,
+    no_match,
+    one_head,
+)
 from microtome.model.specs import Gated, ModelConfig
 
 Names = str | HookName | Sequence[str | HookName] | Callable[[str], bool]
@@ -58,7 +68,7 @@ class Points:
         if whole is not None and self._heads(whole):
             return one_head(full, self._heads(whole))
         layer = text.split(".")[1] if text.startswith("blocks.") and text.count(".") > 1 else ""
-        if layer.isdigit() and int(layer) >= self.config.n_layers:
+        if layer.isdecimal() and not is_below(layer, self.config.n_layers):
             raise ModelError(
                 f"There is no hook point {text!r}",
                 got=f"layer {layer}",

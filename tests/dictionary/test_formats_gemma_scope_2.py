@@ -181,6 +181,7 @@ def test_the_weight_of_the_norm_goes_into_what_reads_after_it(name: str, tmp_pat
     """The recipe of docs/dictionary_formats.md: codes and outputs on what the norm gives before its weight."""
     given = load_any_dictionary(TOP / name)
     made = load_any_dictionary(TOP / name)
+    assert isinstance(made, Dictionary | CrossLayerTranscoder)
     layers = L if isinstance(made, CrossLayerTranscoder) else 1
     x, weight = rows(layers * D), torch.linspace(0.5, 2, layers * D)
     each = weight.view(layers, D)

@@ -34,6 +34,8 @@ from microtome.dictionary.formats.reading import AnyDictionary, Format, Hints, R
 from microtome.dictionary.formats.releases import Found, find_release
 from microtome.dictionary.formats.saelens import FORMAT as SAELENS
 from microtome.dictionary.formats.sparsify import FORMAT as SPARSIFY
+from microtome.dictionary.formats.temporal import FORMAT as TEMPORAL
+from microtome.dictionary.temporal import TemporalDictionary
 
 FORMATS: Mapping[str, Format] = {
     each.name: each
@@ -50,6 +52,7 @@ FORMATS: Mapping[str, Format] = {
         MNTSS,
         CIRCUIT_TRACER,
         QWEN_SCOPE,
+        TEMPORAL,
     )
 }
 
@@ -119,9 +122,19 @@ def load_dictionary(
     of a kind that cannot be read; ConfigError for an unknown format, device or dtype.
     """
     hints = _hints(hook_name, hook_name_out, model_name, norm_scaling_factor)
-    made = to_device(read_dictionary(name, format, hints), device, dtype)
-    if not isinstance(made, Dictionary):
+    return plain(to_device(read_dictionary(name, format, hints), device, dtype), str(name))
+
+
+def plain(made: AnyDictionary, name: str) -> Dictionary:
+    """The dictionary `name`, if it is of the class of most. Raises ArtifactError for a cross-layer transcoder and a temporal
+    dictionary."""
+    if isinstance(made, CrossLayerTranscoder):
         raise ArtifactError(f"{name} is a cross-layer transcoder", fix="Open it with load_cross_layer_transcoder")
+    if isinstance(made, TemporalDictionary):
+        raise ArtifactError(
+            f"{name} is a temporal dictionary, whose codes depend on the tokens before",
+            fix="Open it with load_any_dictionary",
+        )
     return made
 
 
@@ -146,12 +159,17 @@ def load_any_dictionary(
     name: str | Path,
     format: str | None = None,  # noqa: A002
     *,
+    hook_name: str | None = None,
+    hook_name_out: str | None = None,
     model_name: str | None = None,
+    norm_scaling_factor: float | None = None,
     device: str = "cpu",
     dtype: str = "fp32",
 ) -> AnyDictionary:
-    """Open a dictionary of either class, for what works with both; names and errors are those of `load_dictionary`."""
-    return to_device(read_dictionary(name, format, Hints(model_name=model_name)), device, dtype)
+    """Open a dictionary of any class, for what works with all of them, a temporal one among them; names, hints and errors
+    are those of `load_dictionary`."""
+    hints = _hints(hook_name, hook_name_out, model_name, norm_scaling_factor)
+    return to_device(read_dictionary(name, format, hints), device, dtype)
 
 
 def to_device(reading: Reading, device: str, dtype: str) -> AnyDictionary:

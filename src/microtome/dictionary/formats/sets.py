@@ -20,6 +20,7 @@ from microtome.dictionary.formats.load import (
     inside,
     is_dictionary,
     listing,
+    plain,
     read_place,
     to_device,
 )
@@ -38,15 +39,7 @@ def load_dictionaries(name: str | Path, *, device: str = "cpu", dtype: str = "fp
 
     Raises ArtifactError when there is none, or one cannot be fetched or read; ConfigError for an unknown device or dtype.
     """
-    made = []
-    for each in _members(name)[1]:
-        member = to_device(read_place(each), device, dtype)
-        if not isinstance(member, Dictionary):
-            raise ArtifactError(
-                f"{each.path} is a cross-layer transcoder", fix="Open it with load_cross_layer_transcoder"
-            )
-        made.append(member)
-    return made
+    return [plain(to_device(read_place(each), device, dtype), str(each.path)) for each in _members(name)[1]]
 
 
 def load_dictionary_set(name: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionarySet:
@@ -56,10 +49,11 @@ def load_dictionary_set(name: str | Path, *, device: str = "cpu", dtype: str = "
     members = []
     for each in places:
         member = to_device(read_place(each), device, dtype)
-        if isinstance(member, CrossLayerTranscoder):
+        if not isinstance(member, Dictionary):
+            several = isinstance(member, CrossLayerTranscoder)
             raise ConfigError(
-                f"The dictionaries in {name} are no set: those of a set have one point each",
-                got=f"a cross-layer transcoder in {each.path.name}",
+                f"The dictionaries in {name} are no set: those of a set have one point each, and codes of its rows alone",
+                got=f"a {'cross-layer transcoder' if several else 'temporal dictionary'} in {each.path.name}",
                 fix=f"Name one of them ({each.path}), or compare them (microtome compare)",
             )
         members.append(member)
@@ -69,7 +63,7 @@ def load_dictionary_set(name: str | Path, *, device: str = "cpu", dtype: str = "
 
 
 def load_dictionary_or_set(name: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionaryOrSet:
-    """Whatever `name` holds: a dictionary of either class, or several that make a set. Names and errors are those of
+    """Whatever `name` holds: a dictionary of any class, or several that make a set. Names and errors are those of
     `load_dictionary` and `load_dictionary_set`."""
     if _Name.of(name).chosen is None:
         place = find(name, Hints())

@@ -41,7 +41,7 @@ def test_all_layers_of_a_repository(
     (tmp_path / "hub/mwhanna/qwen3-4b-transcoders/features.bin").write_bytes(b"large")
     made = load_dictionary_set(name)
     assert sorted(hub) == sorted(LAYERS)
-    assert ": 3 files to fetch, 0.00 GB" in capsys.readouterr().err
+    assert ": files to fetch: 3 (0.00 GB)" in capsys.readouterr().err
     assert made.origin.inputs == HOOKS
     copy("circuit_tracer/relu", tmp_path / "local", *LAYERS)
     assert made.fingerprint == load_dictionary_set(tmp_path / "local").fingerprint

@@ -1,8 +1,8 @@
 """Transcoders as circuit-tracer saves and `mwhanna/qwen3-*-transcoders` publishes them: a `layer_N.safetensors` for each layer.
 
 `W_enc` [F, d], `W_dec` [F, d], `b_enc`, `b_dec`, for JumpReLU `activation_function.threshold` [F], and with a skip path
-`W_skip` [d, d], of which x W_skipᵀ is added. `config.yaml` beside them names the model and the points of a block. Alone in a
-folder, as in `mntss/gemma-scope-transcoders`, it names the layers' files, too, wherever they are. Read from circuit-tracer
+`W_skip` [d, d], of which x W_skipᵀ is added. `config.yaml` beside them names the model and the points of a block, and where
+it has a list `transcoders`, as in `mntss/gemma-scope-transcoders`, each layer's file, wherever that is. Read from circuit-tracer
 0.5.0 (`single_layer_transcoder.py`, `hf_utils.py`).
 """
 

@@ -1,7 +1,8 @@
 """Dictionaries on the Hugging Face hub: `hf://owner/repo/folder`, from the cache on this disk when they are there.
 
-Only the folder that is named is fetched, and the small configs above it that some formats keep there. Of a folder of folders
-what lies three or more below it is left out: no set has its dictionaries so deep, and some repositories hold terabytes there.
+Only the folder that is named is fetched, and the small configs above it that some formats keep there. What lies
+three or more folders below the one that is named is left out: no set has its dictionaries so deep, and some repositories hold
+terabytes there.
 """
 
 import warnings
@@ -92,7 +93,7 @@ class _Wanted:
             place = Path(self.download(local_files_only=True)) / inside
         except (LocalEntryNotFoundError, HFValidationError, OSError):
             return None
-        complete = place.is_file() or listed(place) or any(any(place.rglob(pattern)) for pattern in _WEIGHTS)
+        complete = place.is_file() or any(any(place.rglob(pattern)) for pattern in _WEIGHTS) or listed(place)
         return place if complete else None
 
     def is_listed(self) -> bool:
@@ -113,7 +114,7 @@ class _Wanted:
             and not isinstance(try_to_load_from_cache(self.name, file.rfilename, revision=about.sha), str)
         ]
         if coming:
-            say(f"{address}: {len(coming):,} files to fetch, {sum(file.size or 0 for file in coming) / 1e9:,.2f} GB")
+            say(f"{address}: files to fetch: {len(coming):,} ({sum(file.size or 0 for file in coming) / 1e9:,.2f} GB)")
 
     def _matches(self, file: str) -> bool:
         allowed, ignored = (any(fnmatchcase(file, pattern) for pattern in each) for each in (self.allow, self.ignore))

@@ -1,12 +1,13 @@
 """`load_dictionary_set`: the dictionaries of one folder, a hub repository or a release, as one or as a list.
 
 1. The name is split into a folder and, where it has one, a glob: `hf://owner/repo/layer_[0-7].safetensors`.
-2. The members are what the folder holds, or what circuit-tracer's `config.yaml` in it names.
+2. The members are what circuit-tracer's `config.yaml` in it names, or where there is no such list, what the folder holds.
 3. Each is read as `load_dictionary` reads it.
 """
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from microtome.common.errors import ArtifactError, ConfigError
@@ -39,68 +40,72 @@ def load_dictionaries(name: str | Path, *, device: str = "cpu", dtype: str = "fp
 
     Raises ArtifactError when there is none, or one cannot be fetched or read; ConfigError for an unknown device or dtype.
     """
-    return [plain(to_device(read_place(each), device, dtype), str(each.path)) for each in _members(name)[1]]
+    wanted = _Wanted.of(name)
+    return [plain(to_device(read_place(each), device, dtype), str(each.path)) for each in wanted.members()]
 
 
 def load_dictionary_set(name: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionarySet:
     """The dictionaries of a folder as one: transcoders of several layers, say, as `microtome train --per-layer` writes
     them. Names are those of `load_dictionaries`; raises as it does, and ConfigError for dictionaries that make no set."""
-    folder, places = _members(name)
-    members = []
-    for each in places:
-        member = to_device(read_place(each), device, dtype)
-        if not isinstance(member, Dictionary):
-            several = isinstance(member, CrossLayerTranscoder)
-            raise ConfigError(
-                f"The dictionaries in {name} are no set: those of a set have one point each, and codes of its rows alone",
-                got=f"a {'cross-layer transcoder' if several else 'temporal dictionary'} in {each.path.name}",
-                fix=f"Name one of them ({each.path}), or compare them (microtome compare)",
-            )
-        members.append(member)
-    made = DictionarySet(members)
-    made.path = folder
-    return made
+    return _joined(_Wanted.of(name), device, dtype)
 
 
 def load_dictionary_or_set(name: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionaryOrSet:
     """Whatever `name` holds: a dictionary of any class, or several that make a set. Names and errors are those of
     `load_dictionary` and `load_dictionary_set`."""
-    if _Name.of(name).chosen is None:
-        place = find(name, Hints())
-        if is_dictionary(place.path) or not (inside(place.path) or listed(place.path)):
-            return to_device(read_place(place), device, dtype)
-    return load_dictionary_set(name, device=device, dtype=dtype)
+    wanted = _Wanted.of(name)
+    if wanted.chosen is None and (is_dictionary(wanted.place.path) or not wanted.found):
+        return to_device(read_place(wanted.place), device, dtype)
+    return _joined(wanted, device, dtype)
+
+
+def _joined(wanted: "_Wanted", device: str, dtype: str) -> DictionarySet:
+    members = []
+    for each in wanted.members():
+        member = to_device(read_place(each), device, dtype)
+        if not isinstance(member, Dictionary):
+            several = isinstance(member, CrossLayerTranscoder)
+            raise ConfigError(
+                f"The dictionaries in {wanted.place.path} are no set: those of a set have one point each, and codes of its "
+                "rows alone",
+                got=f"a {'cross-layer transcoder' if several else 'temporal dictionary'} in {each.path.name}",
+                fix=f"Name one of them ({each.path}), or compare them (microtome compare)",
+            )
+        members.append(member)
+    made = DictionarySet(members)
+    made.path = wanted.place.path / (wanted.chosen or "")
+    return made
 
 
 @dataclass(frozen=True)
-class _Name:
-    """A folder, and the glob behind it."""
+class _Wanted:
+    """A folder with dictionaries, and the glob that chooses among them, where one is given."""
 
-    folder: str
+    place: Place
     chosen: str | None
 
     @classmethod
-    def of(cls, name: str | Path) -> "_Name":
-        text = str(name)
-        if Path(name).exists() or not _MAGIC.search(text):
-            return cls(text, None)
-        parts = text.split("/")
+    def of(cls, name: str | Path) -> "_Wanted":
+        """What `name` says. Raises ArtifactError for a folder that cannot be fetched."""
+        if Path(name).exists() or not _MAGIC.search(str(name)):
+            return cls(find(name, Hints()), None)
+        parts = str(name).split("/")
         first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
-        folder = "/".join(parts[:first])
-        return cls(f"{folder}/." if first == 1 else folder or ".", "/".join(parts[first:]))
+        folder, chosen = "/".join(parts[:first]), "/".join(parts[first:])
+        return cls(find(f"{folder}/." if first == 1 else folder or ".", Hints(), chosen), chosen)
 
+    @cached_property
+    def found(self) -> list[Place]:
+        """What the folder's config names, as circuit-tracer reads it, or where it names nothing, what the folder holds."""
+        named = [] if self.chosen else [find(each.name, each.hints) for each in listed(self.place.path)]
+        return named or [self.place.member(each) for each in inside(self.place.path, self.chosen or "*")]
 
-def _members(name: str | Path) -> tuple[Path, list[Place]]:
-    """What stands for all of them as a path, and each. Raises ArtifactError when there is none."""
-    split = _Name.of(name)
-    place = find(split.folder, Hints(), split.chosen)
-    if split.chosen is None and (named := listed(place.path)):
-        return place.path, [find(each.name, each.hints) for each in named]
-    found = inside(place.path, split.chosen or "*")
-    if not found:
-        raise ArtifactError(
-            f"There are no dictionaries in {place.path}" + (f" called {split.chosen}" if split.chosen else ""),
-            got=listing(place.path),
-            expected="a folder for each, or a file for each layer",
-        )
-    return place.path / (split.chosen or ""), [place.member(each) for each in found]
+    def members(self) -> list[Place]:
+        """`found`. Raises ArtifactError when that is nothing."""
+        if not self.found:
+            raise ArtifactError(
+                f"There are no dictionaries in {self.place.path}" + (f" called {self.chosen}" if self.chosen else ""),
+                got=listing(self.place.path),
+                expected="a folder for each, or a file for each layer",
+            )
+        return self.found

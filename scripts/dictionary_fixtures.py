@@ -148,10 +148,16 @@ def saelens_checkpoints() -> None:
 
 def saelens_reads() -> None:
     """Layouts that SAELens reads and no longer (or never) writes."""
-    from sae_lens.loading import pretrained_sae_loaders as loaders
+    tensors = random_tensors()
+    before_version_6(tensors)
+    gemma_scope(tensors)
+    llama_scope(tensors)
+
+
+def before_version_6(tensors: dict[str, Tensor]) -> None:
+    """SAELens's own layout of old."""
     from sae_lens.saes.sae import SAE
 
-    tensors = random_tensors()
     old = {
         "hook_point": POINT,
         "hook_point_layer": 3,
@@ -182,6 +188,12 @@ def saelens_reads() -> None:
         sae = SAE.load_from_disk(kept if extra else folder)
         expect(folder, inputs(), sae.encode(inputs()), sae(inputs()))
         shutil.rmtree(ROOT / "old_ones", ignore_errors=True)
+
+
+def gemma_scope(tensors: dict[str, Tensor]) -> None:
+    """An autoencoder and a transcoder, each one file."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
     for release, wide in (("res", False), ("transcoders", True)):
         folder = ROOT / f"gemma-scope-2b-pt-{release}" / "layer_3/width_16k/average_l0_5"
         folder.mkdir(parents=True)
@@ -191,6 +203,12 @@ def saelens_reads() -> None:
         loader = loaders.gemma_2_transcoder_huggingface_loader if wide else loaders.gemma_2_sae_huggingface_loader
         sizes = {"d_in": D, "d_sae": F, **({"d_out": D} if wide else {})}
         keep_read(folder, loader, f"google/gemma-scope-2b-pt-{release}", "layer_3/width_16k/average_l0_5", sizes)
+
+
+def llama_scope(tensors: dict[str, Tensor]) -> None:
+    """Weights of scaled activations, and the scale beside them."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
     llama = ROOT / "llama_scope" / "Llama3_1-8B-Base-L3R-8x"
     (llama / "checkpoints").mkdir(parents=True)
     names = {"encoder.weight": tensors["W_enc"].T, "encoder.bias": tensors["b_enc"], "decoder.bias": tensors["b_dec"]}

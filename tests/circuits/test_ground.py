@@ -119,7 +119,7 @@ def test_nodes_are_read_and_written(gpt2: HookedModel, text: str, shown: str) ->
 
 
 def test_nodes_that_are_not_there(gpt2: HookedModel, grouped: HookedModel) -> None:
-    for text in ("L99.H0", "L0.H99", "L0.KV99.k", "nothing", "L0", ""):
+    for text in ("L99.H0", "L0.H99", "L0.KV99.k", "nothing", "L0", "", f"L0.H{'1' * 5000}", f"L{'1' * 5000}.mlp"):
         with pytest.raises(InputError):
             parse_node(text, gpt2.config)
     with pytest.raises(InputError, match="KV0.k is read by the query heads 0 to 1 together"):

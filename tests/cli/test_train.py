@@ -103,6 +103,44 @@ def test_transcoders_and_crosscoders(run: Run, tmp_path: Path) -> None:
     assert load_dictionary(tmp_path / "made").d_in == 2 * 32
 
 
+def test_globs_stand_for_the_stores_points(run: Run) -> None:
+    """In its order, and among names where they are given."""
+    across = run("--hook", "blocks.*.hook_resid_pre", "--k", "4")
+    assert across["hook_name"] == f"{HOOK}, {OTHER}"
+    layers = run("--hook", "blocks.*.hook_resid_pre", "--per-layer", "--k", "4", "--overwrite")
+    assert [each["hook_name"] for each in layers["dictionaries"]] == [HOOK, OTHER]
+    words = (
+        "--hook",
+        "blocks.1.ln2.*",
+        "--output-hook",
+        "blocks.*.hook_mlp_out",
+        "--per-layer",
+        "--k",
+        "4",
+        "--overwrite",
+    )
+    [made] = [run(*words)]
+    assert (made["hook_name"], made["predicts"]) == (MLP_IN, MLP_OUT)
+    mixed = run("--hook", OTHER, "blocks.1.hook_*_pre", "--k", "4", "--overwrite")
+    assert mixed["hook_name"] == f"{OTHER}, {HOOK}"
+    assert run("--hook", "blocks.1.hook_in", "--k", "4", "--overwrite")["hook_name"] == HOOK
+
+
+def test_globs_stand_for_the_models_points(
+    store: Path, tiny_llama: HookedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = store.parent
+    words = ("--model", str(folder / "model"), "--dtype", "fp32", "--tokens", str(folder / "tokens"), "--k", "4")
+    many = ("--hook", "blocks.*.ln2.hook_normalized", "--output-hook", "blocks.*.hook_mlp_out", "--per-layer", "--json")
+    assert main(("train", *words, *SIZES, "--out", str(tmp_path / "made"), *many)) == 0
+    made = json.loads(capsys.readouterr().out)["dictionaries"]
+    n = tiny_llama.config.n_layers
+    assert [each["hook_name"] for each in made] == [f"blocks.{i}.ln2.hook_normalized" for i in range(n)]
+    assert [each["predicts"] for each in made] == [f"blocks.{i}.hook_mlp_out" for i in range(n)]
+    assert main(("train", *words, *SIZES, "--out", str(tmp_path / "none"), "--hook", "blocks.*.hook_mlp_outt")) == 1
+    assert "Did you mean 'blocks.*.hook_mlp_out'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -111,6 +149,9 @@ def test_transcoders_and_crosscoders(run: Run, tmp_path: Path) -> None:
         (("--hook", HOOK, "--sweep", "k"), "NAME=VALUES"),
         (("--hook", HOOK, "--sweep", "k=2,99"), "k must be"),
         (("--hook", "blocks.1.hook_resid_pree"), HOOK),
+        (("--hook", "blocks.*.hook_resid_pree"), "Did you mean 'blocks.*.hook_resid_pre'"),
+        (("--hook", MLP_IN, "--output-hook", "blocks.[7-9].hook_mlp_out"), "matches 'blocks.[7-9].hook_mlp_out'"),
+        (("--hook", "blocks.*", "--output-hook", "blocks.*.hook_mlp_out", "--per-layer"), "4 inputs, 1 outputs"),
         (("--hook", HOOK, OTHER, "--output-hook", MLP_OUT, "--per-layer"), "output for each input"),
         (("--hook", HOOK, "--target-l0", "6"), "Set k"),
         (("--hook", MLP_IN, "--output-hook", MLP_OUT, "--per-layer", "--cross-layer"), "--per-layer as well"),

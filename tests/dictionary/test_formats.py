@@ -23,7 +23,7 @@ from microtome.dictionary import (
     save_dictionary,
 )
 from microtome.dictionary.activation import AbsTopK, Activation, Gated, GroupMax, GroupTopK, JumpReLU, ReLU, TopK
-from microtome.dictionary.formats import load, log_sparsity, read_dictionary
+from microtome.dictionary.formats import load, log_sparsity, read_dictionary, sets
 from microtome.dictionary.formats.reading import Reading, Weights, build
 from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS
 from microtome.dictionary.pursuit import MatchingPursuit
@@ -216,11 +216,11 @@ def test_a_folder_of_folders(tmp_path: Path) -> None:
 def test_a_set_reads_each_of_its_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
-    def counted(name: str | Path, *rest: object) -> Reading:
-        read.append(Path(name).name)
-        return read_dictionary(name, *rest)  # type: ignore[arg-type]
+    def counted(place: load.Place) -> Reading:
+        read.append(place.path.name)
+        return load.read_place(place)
 
-    monkeypatch.setattr(load, "read_dictionary", counted)
+    monkeypatch.setattr(sets, "read_place", counted)
     for i in (2, 10, 0):
         (tmp_path / f"{i}").mkdir()
         save_dictionary(

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from tests.dictionary.stand_in_hub import COMMIT, FIXTURES, put, use_cache
 
 from microtome.common.errors import ArtifactError
 from microtome.dictionary import load_cross_layer_transcoder, load_dictionary
@@ -12,32 +12,12 @@ from microtome.dictionary.formats import FORMATS, Hints, read_dictionary
 from microtome.dictionary.formats.releases import Release, find_release, releases
 from microtome.dictionary.formats.saelens_cfg import parse_cfg
 
-FIXTURES = Path(__file__).parent / "fixtures"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a machine whose hub cannot be reached."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "ENDPOINT", "https://nowhere.invalid")
-    for name in ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+    use_cache(tmp_path, monkeypatch)
     return tmp_path
-
-
-def put(cache: Path, repo: str, inside: str, fixture: str, *files: str) -> Path:
-    """What is left in the cache after a download of these files (all by default) of a repository."""
-    top = cache / f"models--{repo.replace('/', '--')}"
-    (top / "refs").mkdir(parents=True, exist_ok=True)
-    (top / "refs/main").write_text(COMMIT)
-    folder = top / "snapshots" / COMMIT / inside
-    shutil.copytree(FIXTURES / fixture, folder, dirs_exist_ok=True)
-    for file in folder.iterdir():
-        if files and file.name not in files:
-            file.unlink()
-    return folder
 
 
 def test_an_address(cache: Path) -> None:
@@ -104,7 +84,7 @@ def test_releases_whose_dictionaries_are_files(cache: Path) -> None:
 def test_what_is_not_there(cache: Path) -> None:
     put(cache, "someone/saes", "layers.3", "sparsify/layers.3", "cfg.json")
     for address in ("hf://someone/saes/layers.3", "hf://someone/saes/layers.9", "hf://nobody/nothing/x"):
-        with pytest.raises(ArtifactError, match="not on this disk, and the hub cannot be reached"):
+        with pytest.raises(ArtifactError, match="not on this disk, or not all of it, and the hub cannot be reached"):
             load_dictionary(address)
     for address in ("hf://someone", "hf://", "hf://someone/saes/../../etc"):
         with pytest.raises(ArtifactError, match="No address"):

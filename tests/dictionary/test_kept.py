@@ -122,6 +122,17 @@ def test_pieces_of_whole_matrices_are_the_rows_in_order(mask: Bool[Tensor, "S n 
     assert alone.shape == mask.shape
 
 
+@pytest.mark.parametrize(("d_sae", "k", "sparsely"), [(40, 5, True), (39, 5, False), (512, 65, False), (520, 66, True)])
+def test_topk_takes_sparse_products_where_few_of_its_latents_are_kept(d_sae: int, k: int, sparsely: bool) -> None:
+    """On a CPU, from eight latents for each one kept; and with many latents anyway."""
+    configs: list[DictionaryConfig] = [TopKConfig(d_sae=d_sae, k=k)]
+    rule = make_rule(configs)
+    pre = PreActivations(normal(1, 16, D), normal(1, d_sae, D), torch.zeros(1, d_sae), torch.float32)
+    numbers = torch.zeros(1, d_sae)
+    kept = rule.keep(pre, Step(0.0, torch.ones(1, 16), numbers, numbers, lambda: numbers))
+    assert isinstance(kept, SparseKept if sparsely else DenseKept)
+
+
 @pytest.mark.parametrize("norms", ["unit", "free"])
 def test_latents_of_many_rows_are_those_of_a_plain_selection(norms: Literal["unit", "free"]) -> None:
     d_sae = 1024

@@ -1,6 +1,8 @@
 """The replacement model against the library's own modules with torch's hooks; sets of dictionaries against their members."""
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -318,3 +320,28 @@ def test_a_set_says_of_its_text_what_is_true_of_all_members() -> None:
     assert (found.context, found.dataset, found.prepend_bos) == (None, "texts", True)
     alone = DictionarySet([Dictionary(D, 8, ReLU(), origin=origins[1])]).origin
     assert (alone.context, alone.dataset) == (32, "texts")
+
+
+def test_what_many_points_alone_will_cost_is_said(
+    tiny_llama: HookedModel, tiny_dataset: TokenDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number of runs is that of the model's own forward passes, after one to check the widths and one to read the inputs."""
+    names = [f"blocks.{i}.hook_resid_{part}" for i in range(LAYERS) for part in ("pre", "mid", "post")]
+    members = [topk_dictionary(D, 24, 3, origin=Origin.at("tiny-llama", name)) for name in names]
+    passes: list[int] = []
+    counting = tiny_llama.hf.register_forward_pre_hook(lambda *_: passes.append(1))
+    batch = EvaluateConfig(n_tokens=96, function_tokens=96, batch_tokens=96)
+    try:
+        for n_points, whole_only, said in (
+            (9, False, "32 times.*9 points.*--whole-only.*5 times"),
+            (9, True, ""),
+            (8, False, ""),
+        ):
+            passes.clear()
+            evaluate(tiny_llama, DictionarySet(members[:n_points]), tiny_dataset, replace(batch, whole_only=whole_only))
+            shown = capsys.readouterr().err
+            assert bool(shown) == bool(said)
+            assert re.search(said, shown)
+            assert len(passes) == 2 + (5 if whole_only else 5 + 3 * n_points)
+    finally:
+        counting.remove()

@@ -84,8 +84,8 @@ def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
 class StoreSource(ActivationSource):
     """Blocks of `sequences_per_block` sequences of an `ActivationStore`, at one of its hook points or several.
 
-    Without `hook_names` it is the store's one point. Raises ConfigError for a point that is not there, and for a choice
-    that has to be made.
+    `hook_names` is one name or several, or globs; without it, it is the store's one point. Raises ConfigError for a point
+    that is not there, and for a choice that has to be made.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class StoreSource(ActivationSource):
                 f"{store.path} has several hook points", got=", ".join(store.hook_names), fix="Say which are wanted"
             )
         self.store, self.model_name = store, store.model_name
-        self.hook_names = _as_tuple(store.hook_names if hook_names is None else hook_names)
+        self.hook_names = _as_tuple(store.hook_names if hook_names is None else store.resolve(hook_names))
         self.widths = tuple(store.width(name) for name in self.hook_names)
         self.sequences_per_block = sequences_per_block
         self.n_blocks = -(-store.n_sequences // sequences_per_block)

@@ -10,6 +10,8 @@ The artifact is a folder of
 A shard's checksum is compared when it is first read.
 """
 
+import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,7 @@ from microtome.common.artifacts import fingerprint, read_head, read_json, sha256
 from microtome.common.config import JsonObject
 from microtome.common.device import parse_dtype
 from microtome.common.errors import ArtifactError, ConfigError, InputError, unknown_name
+from microtome.model.names import canonical, is_glob, no_match
 
 KIND = "activation_store"
 MANIFEST = "manifest.json"
@@ -104,6 +107,27 @@ class ActivationStore:
     def check_hook(self, hook_name: str) -> None:
         if hook_name not in self.hook_names:
             raise unknown_name(f"hook point in {self.path}", hook_name, self.hook_names, ConfigError)
+
+    def resolve(self, names: str | Sequence[str]) -> list[str]:
+        """The store's hook points behind names, aliases and globs (`"blocks.*.hook_mlp_out"`), in the order in which they are
+        given, those of a glob in the store's; each once.
+
+        Raises ConfigError for one that is not in the store, with the nearest that are.
+        """
+        wanted = [names] if isinstance(names, str) else names
+        return list(dict.fromkeys(found for name in wanted for found in self._resolved(name)))
+
+    def _resolved(self, name: str) -> list[str]:
+        if is_glob(name):
+            found = [point for point in self.hook_names if fnmatch.fnmatchcase(point, name)]
+            if not found:
+                raise no_match(name, self.hook_names, str(self.path), ConfigError)
+            return found
+        full = next(
+            (full for gated in (True, False) if (full := canonical(name, gated=gated)) in self.hook_names), name
+        )
+        self.check_hook(full)
+        return [full]
 
     def read(self, hook_name: str, start: int, stop: int) -> Float[Tensor, "sequence context d"]:
         """The activations of sequences `start … stop - 1`, in the store's dtype."""

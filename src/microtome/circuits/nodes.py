@@ -105,9 +105,9 @@ class Node:
         return HookName(points.get(self.kind, f"hook_{self.kind}"), self.layer)
 
 
-_HEAD = re.compile(r"(?:l|a)?(\d+)\.h?(\d+)(?:\.([qkv]))?", re.IGNORECASE)
-_KV = re.compile(r"l?(\d+)\.kv(\d+)\.([kv])", re.IGNORECASE)
-_PLACE = re.compile(r"(?:l(\d+)\.(mlp|resid_pre|resid_mid|resid_post)|m(\d+))", re.IGNORECASE)
+_HEAD = re.compile(r"(?:l|a)?(\d{1,9})\.h?(\d{1,9})(?:\.([qkv]))?", re.IGNORECASE)
+_KV = re.compile(r"l?(\d{1,9})\.kv(\d{1,9})\.([kv])", re.IGNORECASE)
+_PLACE = re.compile(r"(?:l(\d{1,9})\.(mlp|resid_pre|resid_mid|resid_post)|m(\d{1,9}))", re.IGNORECASE)
 
 
 def parse_node(text: "str | Node", config: ModelConfig, *, parallel: bool = False) -> Node:

@@ -1,5 +1,6 @@
 """`microtome evaluate`: measure a dictionary on text that it was not trained on."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ class Options(TextOptions):
 
     dictionary: Annotated[str, tyro.conf.Positional]
     """The folder of the dictionary, or whatever else names one: demo, hf://…, release/id. A folder of one dictionary for
-    each of several points (as --per-layer makes them) is measured as a whole."""
+    each of several points (as --per-layer makes them), here or on the hub, is measured as a whole; a glob behind it chooses
+    some of them."""
     n_tokens: int = 131_072
     """Tokens for reconstruction figures."""
     function_tokens: int = 16_384
@@ -116,8 +118,8 @@ def _data(options: Options) -> dict[str, Any]:
 
 
 def place(dictionary: str) -> Path:
-    """The dictionary's folder; for one that is in no folder here, its short name."""
-    path = Path(dictionary)
+    """The dictionary's folder; for one that is in no folder here, its short name, less the glob that chooses in it."""
+    path = Path(re.sub(r"/[^/]*[*?\[].*", "", dictionary))
     return path if path.is_dir() else Path(path.name)
 
 

@@ -1,7 +1,7 @@
 """`microtome train`: dictionaries, from a store of activations or straight from the model."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from microtome.activations import ActivationStore
     from microtome.activations.source import ActivationSource
     from microtome.dictionary import CrossLayerTranscoder, Dictionary, DictionaryConfig, TrainConfig
+    from microtome.model import HookedModel
 
 _TOPK = ("topk", "batchtopk", "matryoshka")
 
@@ -28,9 +29,10 @@ class Options(TextOptions):
     store: Path | None = None
     """A store made by `microtome harvest`. Without it the model is run as training goes (say --corpus or --tokens)."""
     hook: tuple[str, ...] = ()
-    """The hook point; not needed for a store that has only one. Several make a crosscoder."""
+    """The hook point; not needed for a store that has only one. Several make a crosscoder. Globs stand for what they match in
+    the store or the model, in the order of the forward pass: 'blocks.*.hook_resid_pre'."""
     output_hook: tuple[str, ...] = ()
-    """Predict this point from --hook: a transcoder."""
+    """Predict this point from --hook: a transcoder. Globs as well."""
     per_layer: bool = False
     """One transcoder for each pair of --hook and --output-hook (without these one autoencoder for each --hook), all on one
     stream."""
@@ -138,10 +140,16 @@ def run(options: Options) -> dict[str, Any]:
     from microtome.dictionary import train, train_cross_layer
     from microtome.dictionary.search import search_coefficient
     from microtome.dictionary.trainer import as_source
+    from microtome.model.names import is_glob
 
-    config, wanted = options.train_config(), options.dictionaries()
+    config = options.train_config()
+    if not any(is_glob(name) for name in (*options.hook, *options.output_hook)):
+        options.dictionaries()  # what cannot be trained is said before a model is opened
+    opened = _opened(options)
+    options = _resolved(options, opened)
+    wanted = options.dictionaries()
     hook = options.hook[0] if len(options.hook) == 1 else None
-    source = as_source(_source(options, wanted), wanted, hook)
+    source = as_source(_source(options, opened, wanted), wanted, hook)
     if options.target_l0 is not None:
         wanted = [search_coefficient(each, source, options.target_l0, config=config) for each in wanted]
     single, what = len(wanted) == 1, wanted[0] if len(wanted) == 1 else wanted
@@ -182,23 +190,41 @@ def _ended(sae: "Dictionary | CrossLayerTranscoder", config: "DictionaryConfig")
     }
 
 
-def _source(options: Options, wanted: "list[DictionaryConfig]") -> "ActivationStore | ActivationSource":
+def _opened(options: Options) -> "ActivationStore | HookedModel":
+    """Where the activations come from."""
+    from microtome.activations import ActivationStore
+
+    if options.store is not None:
+        return ActivationStore.open(options.store)
+    if not options.hook and options.configs is None:
+        raise ConfigError("Which hook point?", fix="Say --hook, blocks.15.hook_resid_pre for example")
+    return options.load_model()
+
+
+def _resolved(options: Options, opened: "ActivationStore | HookedModel") -> Options:
+    """The options with hook points in place of globs and aliases. Raises for those that are not there."""
+    hook, output_hook = (
+        tuple(str(point) for name in names for point in opened.resolve(name))
+        for names in (options.hook, options.output_hook)
+    )
+    return replace(options, hook=hook, output_hook=output_hook)
+
+
+def _source(
+    options: Options, opened: "ActivationStore | HookedModel", wanted: "list[DictionaryConfig]"
+) -> "ActivationStore | ActivationSource":
     from microtome.activations import ActivationStore, ModelSource
 
     named = list(dict.fromkeys(name for c in wanted for name in (*c.inputs, *c.outputs)))
     if any(not c.inputs for c in wanted):
         named = list(dict.fromkeys([*options.hook, *named]))
-    if options.store is not None:
-        store = ActivationStore.open(options.store)
-        if not named and len(store.hook_names) > 1:
+    if isinstance(opened, ActivationStore):
+        if not named and len(opened.hook_names) > 1:
             raise ConfigError(
-                f"{options.store} has several hook points", expected="--hook, one of them", got=store.hook_names
+                f"{options.store} has several hook points", expected="--hook, one of them", got=opened.hook_names
             )
-        return store
-    if not named:
-        raise ConfigError("Which hook point?", fix="Say --hook, blocks.15.hook_resid_pre for example")
-    model = options.load_model()
-    return ModelSource(model, options.load_tokens(model, options.out), named)
+        return opened
+    return ModelSource(opened, options.load_tokens(opened, options.out), named)
 
 
 def _axes(words: tuple[str, ...]) -> dict[str, list[Any]]:

@@ -17,6 +17,11 @@ class Progress(Protocol):
         """Say that `amount` more of the total is done; `note` replaces the text behind the bar."""
 
 
+def say(line: str) -> None:
+    """One line on standard error, of what is about to be done."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class _Lines:
     """For a file or a pipe: one line every quarter of a minute."""
 

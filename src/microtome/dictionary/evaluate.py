@@ -19,16 +19,19 @@ from torch import Tensor
 
 from microtome.activations.source import text_mask
 from microtome.common.config import require
-from microtome.common.progress import Progress, progress
+from microtome.common.progress import Progress, progress, say
 from microtome.dictionary.fit import check_fit
 from microtome.dictionary.moments import Moments, units_of
 from microtome.dictionary.reconstruction import LayerLatents, PointFit, Reconstruction, density_histogram
-from microtome.dictionary.splice import FIGURES, Function, Splice
+from microtome.dictionary.replacement import as_replacement
+from microtome.dictionary.splice import FIGURES, Function, Splice, runs_per_batch
 from microtome.dictionary.surface import Read, SparseDictionary
 from microtome.model import HookedModel
 from microtome.text import TokenDataset
 
 __all__ = ["EvaluateConfig", "Evaluation", "Moments", "density_histogram", "evaluate", "evaluate_all"]
+
+_MANY_POINTS = 8  # with more, the points alone take most of the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +156,9 @@ def evaluate_all(
     n_function = min(n_sequences, -(-config.function_tokens // dataset.context)) if config.function_tokens else 0
     unit, function_unit = units_of(n_sequences), units_of(n_function)
     parts = [Reconstruction(sae, int(unit.max()) + 1) for sae in dictionaries]
+    splices = Splice.all_of(dictionaries, each_point=not config.whole_only)
+    if n_function:
+        _say_cost(splices, sum(as_replacement(model, sae) is not None for sae in dictionaries), len(dictionaries))
     with progress((n_sequences + n_function) * dataset.context, "evaluate", "tokens") as bar:
         for rows, tokens in _batches(dataset, n_sequences, config.batch_tokens, bar):
             read, is_text = Read.of(model, tokens, dictionaries), text_mask(tokens, dataset.special_ids)
@@ -160,12 +166,22 @@ def evaluate_all(
                 part.add(read, is_text, unit[rows])
         figures = [part.figures() for part in parts]
         means = {name: mean for part in parts for name, mean in part.means().items()}
-        splices = Splice.all_of(dictionaries, each_point=not config.whole_only)
         function = Function(model, dictionaries, splices, means, min(n_function, len(function_unit.unique())))
         for rows, tokens in _batches(dataset, n_function, config.batch_tokens, bar):
             is_text = text_mask(tokens, dataset.special_ids)
             function.add(tokens.to(model.device), is_text.to(model.device), function_unit[rows])
     return [_evaluation(found, function, i) for i, found in enumerate(figures)]
+
+
+def _say_cost(splices: Sequence[Splice], n_replaced: int, n_dictionaries: int) -> None:
+    """Say beforehand how much the points alone cost, where there are many. The splices of whole dictionaries come first."""
+    alone = len(splices) - n_dictionaries
+    if alone > _MANY_POINTS:
+        runs = [runs_per_batch(some, n_replaced) for some in (splices, splices[:n_dictionaries])]
+        say(
+            f"evaluate: for CE and KL each batch runs through the model {runs[0]} times, since each of {alone} points is replaced "
+            f"alone as well; whole_only (--whole-only) leaves these out: {runs[1]} times"
+        )
 
 
 def _evaluation(reconstruction: dict[str, Any], function: Function, i: int) -> Evaluation:

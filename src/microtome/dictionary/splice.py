@@ -92,6 +92,12 @@ class Splice:
         return _key(f"spliced {self.of}", self.points)
 
 
+def runs_per_batch(splices: Sequence[Splice], n_replaced: int) -> int:
+    """How often a `Function` runs each batch through the model: clean, with each ablation at each choice of points, with each
+    splice, and as each of `n_replaced` replacement models."""
+    return 1 + len(ABLATIONS) * len({splice.points for splice in splices}) + len(splices) + n_replaced
+
+
 class Function:
     """Cross-entropy and KL of several splices of dictionaries into one model, summed by unit; the clean run is made once for
     all, and each ablation once for all that replace the same points. `means` has the mean of y at each point."""

@@ -7,10 +7,11 @@ order in which a forward pass reaches it; which of them a model has is said by i
 
 import fnmatch
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, total_ordering
 
-from microtome.common.errors import ModelError, unknown_name
+from microtome.common.errors import MicrotomeError, ModelError, nearest, unknown_name
 
 RESIDUAL = ("batch", "pos", "d_model")
 SCALE = ("batch", "pos", "one")
@@ -94,9 +95,10 @@ ALIASES = {
     "mlp.hook_out": "hook_mlp_out",
 }
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_HEAD = re.compile(r"(.+)\.(\d+)")
-_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.+)")
+_DIGITS = 9  # of a layer's, head's or expert's number; `int` refuses text of more than 4,300
+_BLOCK = re.compile(rf"blocks\.(\d{{1,{_DIGITS}}})\.(.+)")
+_HEAD = re.compile(rf"(.+)\.(\d{{1,{_DIGITS}}})")
+_EXPERT = re.compile(rf"mlp\.experts\.(\d{{1,{_DIGITS}}})\.(.+)")
 _ORDER = {point: i for i, point in enumerate(POINTS)}
 
 
@@ -164,12 +166,31 @@ class HookName:
         return self.depth < other.depth
 
 
+def is_below(text: str, n: int) -> bool:
+    """Whether a text is a number from 0 to n − 1."""
+    return text.isdecimal() and len(text) <= _DIGITS and int(text) < n
+
+
 def one_head(text: str, n: int) -> HookName:
     """One head of a point that has `n`. Raises ModelError for a head that is not there."""
     head = text.rpartition(".")[2]
-    if not head.isdecimal() or int(head) >= n:
+    if not is_below(head, n):
         raise ModelError(f"There is no hook point {text!r}", got=f"head {head}", expected=f"a head from 0 to {n - 1}")
     return HookName.parse(text)
+
+
+def is_glob(text: str) -> bool:
+    """Whether a name stands for whatever it matches."""
+    return any(mark in text for mark in "*?[")
+
+
+def no_match(glob: str, names: Iterable[str], whose: str, error: type[MicrotomeError] = ModelError) -> MicrotomeError:
+    """The error for a glob that matches none of the names, with the nearest that match some."""
+    layers = re.compile(r"^blocks\.[^.]+\.")
+    close = nearest(layers.sub("blocks.*.", glob), {layers.sub("blocks.*.", name) for name in names})
+    like = f"Did you mean {' or '.join(repr(each) for each in close)}? " if close else ""
+    heads = "A number behind a point with heads is one of these"
+    return error(f"No hook point of {whose} matches {glob!r}", fix=f"{like}{heads}")
 
 
 def matches(pattern: str, name: HookName) -> bool:

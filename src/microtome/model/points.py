@@ -5,7 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from microtome.common.errors import ModelError, unknown_name
-from microtome.model.names import HEAD_AXIS, WITH_HEADS, HookName, canonical, matches, one_head
+from microtome.model.names import (
+    HEAD_AXIS,
+    WITH_HEADS,
+    HookName,
+    canonical,
+    is_below,
+    is_glob,
+    matches,
+    no_match,
+    one_head,
+)
 from microtome.model.specs import Gated, ModelConfig
 
 Names = str | HookName | Sequence[str | HookName] | Callable[[str], bool]
@@ -29,15 +39,14 @@ class Points:
         found: set[HookName] = set()
         for name in wanted:
             text = str(name)
-            found.update(self._matched(text) if any(c in text for c in "*?[") else [self._named(text)])
+            found.update(self._matched(text) if is_glob(text) else [self._named(text)])
         return sorted(found)
 
     def _matched(self, glob: str) -> list[HookName]:
         """What a glob matches: points, or where there are none, single heads (`blocks.*.attn.hook_z.5`)."""
         found = [name for name in self.by_text.values() if matches(glob, name)] or self._matched_heads(glob)
         if not found:
-            fix = "model.hook_points lists them; a number behind a point with heads is one of these"
-            raise ModelError(f"No hook point of {self.model} matches {glob!r}", fix=fix)
+            raise no_match(glob, self.by_text, self.model)
         return found
 
     def _matched_heads(self, glob: str) -> list[HookName]:
@@ -59,7 +68,7 @@ class Points:
         if whole is not None and self._heads(whole):
             return one_head(full, self._heads(whole))
         layer = text.split(".")[1] if text.startswith("blocks.") and text.count(".") > 1 else ""
-        if layer.isdigit() and int(layer) >= self.config.n_layers:
+        if layer.isdecimal() and not is_below(layer, self.config.n_layers):
             raise ModelError(
                 f"There is no hook point {text!r}",
                 got=f"layer {layer}",

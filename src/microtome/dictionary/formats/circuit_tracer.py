@@ -1,18 +1,20 @@
 """Transcoders as circuit-tracer saves and `mwhanna/qwen3-*-transcoders` publishes them: a `layer_N.safetensors` for each layer.
 
 `W_enc` [F, d], `W_dec` [F, d], `b_enc`, `b_dec`, for JumpReLU `activation_function.threshold` [F], and with a skip path
-`W_skip` [d, d], of which x W_skipᵀ is added. `config.yaml` beside them names the model and the points of a block. Read from
-circuit-tracer 0.5.0 (`single_layer_transcoder.py`).
+`W_skip` [d, d], of which x W_skipᵀ is added. `config.yaml` beside them names the model and the points of a block, and where
+it has a list `transcoders`, as in `mntss/gemma-scope-transcoders`, each layer's file, wherever that is. Read from circuit-tracer
+0.5.0 (`single_layer_transcoder.py`, `hf_utils.py`).
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from microtome.common.errors import ArtifactError
 from microtome.dictionary.activation import Activation, JumpReLU, ReLU
 from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model
-from microtome.dictionary.formats.mntss import CONFIG, flat_yaml
+from microtome.dictionary.formats.mntss import CONFIG, flat_yaml, yaml_list
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover, only_file
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
 
@@ -56,6 +58,56 @@ def read(path: Path, hints: Hints) -> Reading:
 
 
 FORMAT = Format(name=NAME, looks="layer_N.safetensors and config.yaml", detect=detect, read=read)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A transcoder that `config.yaml` names: `hf://owner/repo/file`, or a path."""
+
+    name: str
+    hints: Hints
+
+
+def listed(folder: Path) -> list[Listed]:
+    """The transcoders of layers 0, 1, … that the folder's `config.yaml` names, in whatever format each is; none where it
+    names none. Raises ArtifactError where they cannot be opened one by one."""
+    file = folder / CONFIG
+    said, names = flat_yaml(file), yaml_list(file, "transcoders")
+    if not names:
+        return []
+    if said.get("model_kind", "transcoder_set") != "transcoder_set":
+        raise ArtifactError(
+            f"{file} names the files of a dictionary that reads several layers",
+            got=f"model_kind {said['model_kind']}",
+            fix=f"Open the folder of its files, {names[0].rpartition('/')[0]}, with load_cross_layer_transcoder",
+        )
+    odd = next(
+        (name for name in names if ": " in name or (not name.startswith("hf://") and not _there(folder, name))), None
+    )
+    if odd is not None:
+        raise ArtifactError(
+            f"{file} names a transcoder that cannot be opened",
+            got=odd,
+            expected="a list of hf://owner/repo/file, or of files on this disk",
+            fix="Open the files one by one with load_dictionary, and put them together with DictionarySet",
+        )
+    reads, writes = said.get("feature_input_hook"), said.get("feature_output_hook")
+    return [
+        Listed(
+            name=name if name.startswith("hf://") else str(_there(folder, name)),
+            hints=Hints(
+                model_name=hub_model(said["model_name"]) if "model_name" in said else None,
+                hook_name=f"blocks.{layer}.{reads}" if reads else None,
+                hook_name_out=f"blocks.{layer}.{writes}" if writes else None,
+            ),
+        )
+        for layer, name in enumerate(names)
+    ]
+
+
+def _there(folder: Path, name: str) -> Path | None:
+    """The file of this name, beside the config or from where we are."""
+    return next((path for path in (folder / name, Path(name)) if path.exists()), None)
 
 
 def _activation(file: TensorFile, d_sae: int) -> Activation:

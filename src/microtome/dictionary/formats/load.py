@@ -1,24 +1,24 @@
 """`load_dictionary`: finds out which format a folder or file has, reads it, and says what is special about it.
 
 A name is, in this order: a folder or file on this disk, `"demo"`, `hf://owner/repo/folder`, or `release/id` of a release that
-`releases.json` lists.
+`releases.json` lists. Several dictionaries in one folder are opened by `sets`.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from microtome.common.assets import shipped_or
 from microtome.common.device import parse_device, parse_dtype
-from microtome.common.errors import ArtifactError, ConfigError, unknown_name
+from microtome.common.errors import ArtifactError, unknown_name
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
-from microtome.dictionary.dictionary_set import DictionarySet
 from microtome.dictionary.formats.circuit_tracer import FILE as LAYER_FILE
 from microtome.dictionary.formats.circuit_tracer import FORMAT as CIRCUIT_TRACER
+from microtome.dictionary.formats.circuit_tracer import listed
 from microtome.dictionary.formats.dictionary_learning import FORMAT as DICTIONARY_LEARNING
 from microtome.dictionary.formats.gemma_scope import FORMAT as GEMMA_SCOPE
 from microtome.dictionary.formats.gemma_scope_2 import FORMAT as GEMMA_SCOPE_2
@@ -31,13 +31,12 @@ from microtome.dictionary.formats.own import FORMAT as OWN
 from microtome.dictionary.formats.qwen_scope import FILE as QWEN_FILE
 from microtome.dictionary.formats.qwen_scope import FORMAT as QWEN_SCOPE
 from microtome.dictionary.formats.reading import AnyDictionary, Format, Hints, Reading
-from microtome.dictionary.formats.releases import find_release
+from microtome.dictionary.formats.releases import Found, find_release
 from microtome.dictionary.formats.saelens import FORMAT as SAELENS
 from microtome.dictionary.formats.sparsify import FORMAT as SPARSIFY
 from microtome.dictionary.formats.temporal import FORMAT as TEMPORAL
 from microtome.dictionary.temporal import TemporalDictionary
 
-DictionaryOrSet = AnyDictionary | DictionarySet
 FORMATS: Mapping[str, Format] = {
     each.name: each
     for each in (
@@ -59,13 +58,17 @@ FORMATS: Mapping[str, Format] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
+class Place:
     """Files on this disk, and what the name that led to them says."""
 
     path: Path
-    format: str | None = None
     hints: Hints = field(default_factory=Hints)
-    notes: tuple[str, ...] = ()
+    release: Found | None = None
+
+    def member(self, path: Path) -> "Place":
+        """The place of one dictionary of several in it."""
+        release = self.release and self.release.member(path.relative_to(self.path).as_posix())
+        return replace(self, path=path, release=release)
 
 
 def read_dictionary(name: str | Path, format: str | None = None, hints: Hints | None = None) -> Reading:  # noqa: A002
@@ -74,19 +77,28 @@ def read_dictionary(name: str | Path, format: str | None = None, hints: Hints | 
     Raises ArtifactError for a name that leads nowhere, a folder of no known format (or of several), damaged files, and
     kinds that cannot be read; ConfigError for an unknown `format`.
     """
-    place = _find(name, hints or Hints())
-    chosen = format or place.format
+    return read_place(find(name, hints or Hints()), format)
+
+
+def read_place(place: Place, format: str | None = None) -> Reading:  # noqa: A002
+    """`read_dictionary`, of what is found already."""
+    release = place.release
+    chosen = format or (release.format if release else None)
     if chosen is not None and chosen not in FORMATS:
         raise unknown_name("dictionary format", chosen, FORMATS)
     reader = FORMATS[chosen] if chosen else detect_format(place.path)
     if chosen and not reader.detect(place.path):
         raise ArtifactError(
-            f"{place.path} is not of the format {chosen}", got=_listing(place.path), expected=reader.looks
+            f"{place.path} is not of the format {chosen}",
+            got=listing(place.path),
+            expected=reader.looks,
+            fix=_together(place.path),
         )
     with torch.no_grad():
-        reading = reader.read(place.path, place.hints)
+        reading = reader.read(place.path, release.hinted(place.hints) if release else place.hints)
     reading.dictionary.requires_grad_(False)
-    return Reading(dictionary=reading.dictionary, format=reading.format, notes=(*place.notes, *reading.notes))
+    notes = (*release.notes, *reading.notes) if release else reading.notes
+    return Reading(dictionary=reading.dictionary, format=reading.format, notes=notes)
 
 
 def load_dictionary(
@@ -110,7 +122,12 @@ def load_dictionary(
     of a kind that cannot be read; ConfigError for an unknown format, device or dtype.
     """
     hints = _hints(hook_name, hook_name_out, model_name, norm_scaling_factor)
-    made = _placed(read_dictionary(name, format, hints), device, dtype)
+    return plain(to_device(read_dictionary(name, format, hints), device, dtype), str(name))
+
+
+def plain(made: AnyDictionary, name: str) -> Dictionary:
+    """The dictionary `name`, if it is of the class of most. Raises ArtifactError for a cross-layer transcoder and a temporal
+    dictionary."""
     if isinstance(made, CrossLayerTranscoder):
         raise ArtifactError(f"{name} is a cross-layer transcoder", fix="Open it with load_cross_layer_transcoder")
     if isinstance(made, TemporalDictionary):
@@ -152,70 +169,12 @@ def load_any_dictionary(
     """Open a dictionary of any class, for what works with all of them, a temporal one among them; names, hints and errors
     are those of `load_dictionary`."""
     hints = _hints(hook_name, hook_name_out, model_name, norm_scaling_factor)
-    return _placed(read_dictionary(name, format, hints), device, dtype)
+    return to_device(read_dictionary(name, format, hints), device, dtype)
 
 
-def _placed(reading: Reading, device: str, dtype: str) -> AnyDictionary:
+def to_device(reading: Reading, device: str, dtype: str) -> AnyDictionary:
+    """What was read, on a device and in a dtype."""
     return reading.dictionary.to(device=parse_device(device), dtype=parse_dtype(dtype))
-
-
-def load_dictionaries(path: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> list[Dictionary]:
-    """All dictionaries in a folder of folders (of any formats), or of files of single layers, in the order of their names, 2
-    before 10.
-
-    Raises ArtifactError when there is none, or one cannot be read.
-    """
-    return [load_dictionary(each, device=device, dtype=dtype) for each in _members(Path(path))]
-
-
-def load_dictionary_set(path: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionarySet:
-    """The dictionaries of a folder of folders as one: transcoders of several layers, say, as `microtome train --per-layer`
-    writes them. Raises as `load_dictionaries` does, and ConfigError for dictionaries that make no set."""
-    folder, members = Path(path), []
-    for each in _members(folder):
-        member = load_any_dictionary(each, device=device, dtype=dtype)
-        if not isinstance(member, Dictionary):
-            several = isinstance(member, CrossLayerTranscoder)
-            raise ConfigError(
-                f"The dictionaries in {folder} are no set: those of a set have one point each, and codes of its rows alone",
-                got=f"a {'cross-layer transcoder' if several else 'temporal dictionary'} in {each.name}",
-                fix=f"Name one of them ({each}), or compare them (microtome compare)",
-            )
-        members.append(member)
-    made = DictionarySet(members)
-    made.path = folder
-    return made
-
-
-def load_dictionary_or_set(name: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionaryOrSet:
-    """Whatever `name` holds: a dictionary of any class, or a folder of several that make a set. Names and errors are
-    those of `load_dictionary` and `load_dictionary_set`."""
-    path = Path(name)
-    if path.is_dir() and not _is_dictionary(path) and _folders(path):
-        return load_dictionary_set(path, device=device, dtype=dtype)
-    return load_any_dictionary(name, device=device, dtype=dtype)
-
-
-def _folders(path: Path) -> list[Path]:
-    """What is in this folder and holds a dictionary, 2 before 10: folders, and the files of releases with one for each layer."""
-    inside = [each for each in path.iterdir() if each.is_dir() or _of_a_layer(each)] if path.is_dir() else []
-    return [each for each in sorted(inside, key=_natural) if _is_dictionary(each)]
-
-
-def _of_a_layer(file: Path) -> bool:
-    return any(name.fullmatch(file.name) for name in (LAYER_FILE, QWEN_FILE))
-
-
-def _members(path: Path) -> list[Path]:
-    """All in it that holds a dictionary. Raises ArtifactError when there is none."""
-    found = _folders(path)
-    if not found:
-        raise ArtifactError(f"There are no dictionaries in {path}", got=_listing(path), expected="a folder for each")
-    return found
-
-
-def _is_dictionary(path: Path) -> bool:
-    return any(each.detect(path) for each in FORMATS.values())
 
 
 def detect_format(path: Path) -> Format:
@@ -226,27 +185,41 @@ def detect_format(path: Path) -> Format:
     if len(found) == 1:
         return found[0]
     if not found:
-        fix = "Open them together with load_dictionary_set" if _folders(path) else None
-        raise ArtifactError(f"There is no dictionary at {path}", got=_listing(path), expected=_looks(), fix=fix)
+        raise ArtifactError(
+            f"There is no dictionary at {path}", got=listing(path), expected=_looks(), fix=_together(path)
+        )
     raise ArtifactError(
         f"{path} could be of several formats",
-        got=f"{_listing(path)}: {' or '.join(each.name for each in found)}",
+        got=f"{listing(path)}: {' or '.join(each.name for each in found)}",
         fix=f"Say which: format={found[0].name!r}",
     )
 
 
-def _find(name: str | Path, hints: Hints) -> _Place:
+def _together(path: Path) -> str | None:
+    return "Open them together with load_dictionary_set" if inside(path) or listed(path) else None
+
+
+def find(name: str | Path, hints: Hints, chosen: str | None = None) -> Place:
+    """The place that `name` leads to; of a folder on the hub, `chosen` is a glob of what is wanted of it. Raises
+    ArtifactError for what cannot be fetched."""
     path = shipped_or(name, "dictionary")
     if path.exists():
-        return _Place(path=_unit(path), hints=hints)
+        return Place(path=_unit(path), hints=hints)
     text = re.sub("^hf:/+", HUB, str(name))  # a Path has only one of the slashes
-    if text.startswith(HUB):
-        return _Place(path=_unit(fetch(text)), hints=hints)
-    release = find_release(text)
-    if release is None:
-        return _Place(path=path, hints=hints)
-    fetched = fetch(f"{HUB}{release.repo}/{release.folder}")
-    return _Place(path=_unit(fetched), format=release.format, hints=release.hinted(hints), notes=release.notes)
+    release = None if text.startswith(HUB) else find_release(text)
+    if release is not None:
+        text = f"{HUB}{release.repo}/{release.folder}"
+    if not text.startswith(HUB):
+        return Place(path=path, hints=hints)
+    return Place(path=_unit(_fetched(text, chosen)), hints=hints, release=release)
+
+
+def _fetched(address: str, chosen: str | None) -> Path:
+    """From the hub: first what is in the cache, and where that can be one of several dictionaries, all of them."""
+    path = None if chosen else fetch(address)
+    if path is None or (path.is_dir() and (any(map(_of_a_layer, path.iterdir())) or not is_dictionary(path))):
+        path = fetch(address, chosen, whole=True)
+    return path
 
 
 def _unit(path: Path) -> Path:
@@ -269,11 +242,28 @@ def _hints(hook: str | None, hook_out: str | None, model: str | None, factor: fl
     return Hints(hook_name=hook, hook_name_out=hook_out, model_name=model, norm_scaling_factor=factor)
 
 
+def inside(path: Path, chosen: str = "*") -> list[Path]:
+    """What is in this folder, is called as the glob says and holds a dictionary, 2 before 10: folders, and the files of
+    releases with one for each layer."""
+    found = sorted(path.glob(chosen), key=_natural) if path.is_dir() else []
+    return [each for each in found if (each.is_dir() or _of_a_layer(each)) and is_dictionary(each)]
+
+
+def _of_a_layer(file: Path) -> bool:
+    return any(name.fullmatch(file.name) for name in (LAYER_FILE, QWEN_FILE))
+
+
+def is_dictionary(path: Path) -> bool:
+    """Whether a folder or file has (at least) one of the formats."""
+    return any(each.detect(path) for each in FORMATS.values())
+
+
 def _natural(path: Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.as_posix())]
 
 
-def _listing(path: Path) -> str:
+def listing(path: Path) -> str:
+    """What is there, in words."""
     if not path.is_dir():
         return f"the file {path.name}" if path.exists() else "nothing"
     names = sorted(each.name for each in path.iterdir())

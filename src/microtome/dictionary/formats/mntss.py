@@ -6,6 +6,7 @@ names the model and the points of a block. Read from circuit-tracer 0.5.0 and, f
 (`cross_layer_transcoder.py`: `to_safetensors`, `compute_reconstruction`).
 """
 
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -93,12 +94,28 @@ def _of_all(folder: Path, what: str, found: list[Tensor | None]) -> list[Tensor]
 
 def flat_yaml(file: Path) -> dict[str, str]:
     """The flat `key: value` lines of config.yaml, and nothing else of YAML; nothing of a file that is not there."""
-    if not file.is_file():
-        return {}
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{file} is damaged: {error}") from error
-    pairs = [line.split("#")[0].partition(":") for line in lines]
+    pairs = [line.split("#")[0].partition(":") for line in _lines(file)]
     said = {key.strip(): value.strip().strip("\"'") for key, _, value in pairs if not key.startswith((" ", "-"))}
     return {key: value for key, value in said.items() if value}
+
+
+def yaml_list(file: Path, key: str) -> list[str]:
+    """The entries behind `key:` in config.yaml, each on a line of its own that begins with a dash, or all in brackets; none
+    where there is no such key."""
+    lines = [line.split(" #")[0].rstrip() for line in _lines(file) if not line.lstrip().startswith("#")]
+    start = next((i for i, line in enumerate(lines) if line.partition(":")[0] == key), None)
+    if start is None:
+        return []
+    inline = lines[start].partition(":")[2].strip()
+    block = takewhile(lambda line: not line or line.startswith((" ", "-")), lines[start + 1 :])
+    entries = inline.strip("[]").split(",") if inline else [line.strip().removeprefix("-") for line in block if line]
+    return [entry.strip().strip("\"'") for entry in entries if entry.strip()]
+
+
+def _lines(file: Path) -> list[str]:
+    if not file.is_file():
+        return []
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{file} is damaged: {error}") from error

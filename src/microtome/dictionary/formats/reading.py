@@ -90,18 +90,7 @@ def build(
     Raises ArtifactError when they do not fit each other, hold NaN, or the activation does not fit them.
     """
     (d_in, d_sae), d_out = weights.W_enc.shape, weights.W_dec.shape[1]
-    if d_in != d_out and origin.inputs == origin.outputs and UNKNOWN not in origin.inputs:
-        raise ArtifactError(
-            f"The weights at {where} do not fit each other",
-            got=f"{d_in} inputs, {d_out} outputs",
-            expected="an autoencoder's",
-            fix="Of a transcoder give hook_name_out as well",
-        )
-    if input_norm != "none" and (origin.inputs != origin.outputs or len(origin.inputs) > 1):
-        raise ArtifactError(
-            f"The dictionary at {where} normalises its input in a way that only an autoencoder of one point can",
-            got=input_norm,
-        )
+    _check_points(where, origin, d_in, d_out, input_norm)
     try:
         made = Dictionary(
             d_in,
@@ -115,27 +104,48 @@ def build(
         )
     except ConfigError as error:
         raise ArtifactError(f"The dictionary at {where} cannot be: {error}") from error
+    _fill(where, made, weights)
+    check_activation(where, activation, d_sae)
+    made.path = where
+    return made
+
+
+def _check_points(where: Path, origin: Origin, d_in: int, d_out: int, input_norm: InputNorm) -> None:
+    """Raise ArtifactError for sizes and an input's norm that a dictionary of these points cannot have."""
+    if d_in != d_out and origin.inputs == origin.outputs and UNKNOWN not in origin.inputs:
+        raise ArtifactError(
+            f"The weights at {where} do not fit each other",
+            got=f"{d_in} inputs, {d_out} outputs",
+            expected="an autoencoder's",
+            fix="Of a transcoder give hook_name_out as well",
+        )
+    if input_norm != "none" and (origin.inputs != origin.outputs or len(origin.inputs) > 1):
+        raise ArtifactError(
+            f"The dictionary at {where} normalises its input in a way that only an autoencoder of one point can",
+            got=input_norm,
+        )
+
+
+@torch.no_grad()
+def _fill(where: Path, made: Dictionary, weights: Weights) -> None:
+    """Copy the weights into a dictionary. Raises ArtifactError for one of another shape."""
     given: dict[str, Tensor | None] = {
         "encoder": weights.W_enc.T,
         "W_dec": weights.W_dec,
         "b_enc": weights.b_enc,
         "b_dec": weights.b_dec,
+        "W_skip": weights.W_skip,
     }
-    given["W_skip"] = weights.W_skip
-    with torch.no_grad():
-        for name, tensor in given.items():
-            if tensor is not None:
-                place = made.get_parameter(name)
-                if place.shape != tensor.shape:
-                    raise ArtifactError(
-                        f"The weights at {where} do not fit each other",
-                        got=f"{name} {tuple(tensor.shape)}",
-                        expected=tuple(place.shape),
-                    )
-                place.copy_(tensor)
-    check_activation(where, activation, d_sae)
-    made.path = where
-    return made
+    for name, tensor in given.items():
+        if tensor is not None:
+            place = made.get_parameter(name)
+            if place.shape != tensor.shape:
+                raise ArtifactError(
+                    f"The weights at {where} do not fit each other",
+                    got=f"{name} {tuple(tensor.shape)}",
+                    expected=tuple(place.shape),
+                )
+            place.copy_(tensor)
 
 
 def build_cross_layer(

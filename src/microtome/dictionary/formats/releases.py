@@ -62,12 +62,19 @@ class Found:
 
     @property
     def folder(self) -> str:
+        if self.id == ".":
+            return self.inside or "."
         folder = self.release.ids.get(self.id, self.id.removesuffix(self.release.ending) + self.release.ending)
         return folder if not self.inside or folder.startswith(f"{self.inside}/") else f"{self.inside}/{folder}"
 
     @property
     def notes(self) -> tuple[str, ...]:
         return (*self.release.notes, *(f"not checked: {what}" for what in self.release.uncertain))
+
+    def member(self, folder: str) -> "Found":
+        """The dictionary in a folder of this one, or in a file there."""
+        known = (id_ for id_, place in self.release.ids.items() if place == folder)
+        return replace(self, id=next(known, folder))
 
     def hinted(self, hints: Hints) -> Hints:
         """The hints, with what the release knows where they say nothing."""
@@ -100,7 +107,8 @@ def _names() -> Mapping[str, tuple[Release, str]]:
 
 
 def find_release(name: str) -> Found | None:
-    """The dictionary `release/id`; None when `name` begins with no release. Raises ArtifactError for a release without id."""
+    """The dictionary `release/id`, or with the id `.` the folder of all; None when `name` begins with no release. Raises
+    ArtifactError for a release without id."""
     start, _, inside = name.partition("/")
     if start not in _names():
         return None
@@ -108,6 +116,7 @@ def find_release(name: str) -> Found | None:
     if not inside:
         example = release.example.removeprefix(release.example.partition("/")[0] + "/") if folder else release.example
         raise ArtifactError(
-            f"{start} is a release of many dictionaries", fix=f"Name one, for example {start}/{example}"
+            f"{start} is a release of many dictionaries",
+            fix=f"Name one, for example {start}/{example}, or open all of its folder as a set: {start}/.",
         )
     return Found(release=release, id=inside, inside=folder)

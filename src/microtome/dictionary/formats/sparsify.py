@@ -40,11 +40,6 @@ def read(folder: Path, hints: Hints) -> Reading:
     origin = _origin(module, transcode)
     if UNKNOWN in (*origin.inputs, *origin.outputs) and hints.hook_name is None:
         notes.append(f"the folder's name, {module.name!r}, is no module of a model: give hook_name")
-    if transcode and hints.hook_name is None:
-        notes.append(
-            "reads the input of a module (after the norm and its weight), which is no hook point of Microtome; its nearest is "
-            "ln2.hook_normalized, before the weight"
-        )
     skip = file.take("W_skip", d_in, d_in) if cfg.get("skip_connection") else None
     file.refuse("W_skip")
     made = build(

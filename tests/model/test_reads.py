@@ -211,6 +211,21 @@ def test_the_mlps_copy_of_the_stream_comes_before_what_it_reads(kind: str) -> No
     assert not torch.equal(seen[0], clean)
 
 
+def test_a_head_with_its_own_copy_of_the_stream_reads_that_alone() -> None:
+    """As docs/models.md says: an edit of what attention reads is not in a query whose copy was changed."""
+    model, seen = model_of("llama"), []
+    own = ("blocks.1.hook_q_input", lambda x, _: x + torch.arange(32.0))
+    shared = (ATTN, lambda x, _: x * 2)
+    for hooks in ([own], [own, shared], [shared]):
+        points = ["blocks.1.attn.hook_q", "blocks.1.attn.hook_k"]
+        model.run_with_hooks(TOKENS, [*hooks, (points, lambda x, _: seen.append(x.clone()))])
+    (q_own, k_own), (q_both, k_both), (q_shared, k_shared) = seen[:2], seen[2:4], seen[4:]
+    assert torch.equal(q_both, q_own)
+    assert torch.equal(k_both, k_shared)
+    assert not torch.equal(q_both, q_shared)
+    assert not torch.equal(k_both, k_own)
+
+
 @pytest.mark.parametrize("normalization", ["layer", "rms", "none"])
 @pytest.mark.parametrize("settings", [{}, {"positions": "shortformer"}, {"activation": "swiglu"}], ids=str)
 def test_the_transformer_from_scratch(normalization: str, settings: dict[str, str]) -> None:

@@ -60,6 +60,7 @@ class Dense:
 
     @property
     def module(self) -> str:
+        """Where its input goes in."""
         return _around(self.up)
 
 
@@ -74,6 +75,7 @@ class Gated:
 
     @property
     def module(self) -> str:
+        """Where its input goes in."""
         return _around(self.gate)
 
 

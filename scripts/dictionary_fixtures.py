@@ -29,6 +29,7 @@ from scripts.dictionary_fixtures_others import (
     llamascopium,
     sparsify,
 )
+from scripts.dictionary_fixtures_temporal import temporal
 from scripts.dictionary_fixtures_trained import signed_and_pursued, whitened
 from scripts.fixture_tools import POINT, ROOT, D, F, K, N, expect, inputs, keep_saelens, metadata, shake
 from torch import Tensor
@@ -53,6 +54,7 @@ def main() -> None:
         signed_and_pursued()
         circuit_tracer_layers()
         qwen_scope()
+        temporal()
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     (ROOT / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 

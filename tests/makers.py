@@ -7,8 +7,17 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from microtome.dictionary import CrossLayerTranscoder, Dictionary, Origin, load_dictionary, save_dictionary
-from microtome.dictionary.activation import JumpReLU, TopK
+from microtome.dictionary import (
+    CrossLayerTranscoder,
+    Dictionary,
+    Origin,
+    TemporalDictionary,
+    load_dictionary,
+    save_dictionary,
+)
+from microtome.dictionary.activation import JumpReLU, ReLU, TopK
+from microtome.dictionary.dictionary import InputNorm
+from microtome.dictionary.temporal import CodeAttention
 from microtome.text import TokenDataset, TokenizeConfig, open_corpus, tokenize_corpus
 
 from .features.tiny import BOS, TEXTS, make_tokenizer
@@ -91,3 +100,27 @@ def tokenized_texts(folder: Path, tokenizer: PreTrainedTokenizerBase, *, times: 
     (folder / "texts.txt").write_text("\n\n".join(TEXTS * times), encoding="utf-8")
     corpus = open_corpus(folder / "texts.txt")
     return tokenize_corpus(corpus, tokenizer, folder / "tokens", config=TokenizeConfig(context=context))
+
+
+def random_temporal(
+    model: str,
+    hook: str,
+    *,
+    d_in: int,
+    d_sae: int = 48,
+    layers: int = 2,
+    scale: float = 1.0,
+    k: int | None = 4,
+    input_norm: InputNorm = "none",
+    seed: int = 5,
+) -> TemporalDictionary:
+    """A temporal dictionary with random weights."""
+    activation = ReLU() if k is None else TopK(k)
+    novel = Dictionary(d_in, d_sae, activation, origin=Origin.at(model, hook), input_norm=input_norm)
+    made = TemporalDictionary(novel, [CodeAttention(d_sae, 3, d_sae // 8) for _ in range(layers)], scale=scale)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        novel.b_enc.zero_()
+    return made.requires_grad_(False)

@@ -96,7 +96,9 @@ def opened(case: Case, tmp_path: Path) -> Dictionary | CrossLayerTranscoder | Di
         output = "mlp.hook_out" if case.family == "qwen3" else "hook_mlp_out"
         said = f"model_name: tiny\nfeature_input_hook: mlp.hook_in\nfeature_output_hook: {output}\n"
         (folder / "config.yaml").write_text(said)
-    return load_dictionary_or_set(folder)
+    made = load_dictionary_or_set(folder)
+    assert isinstance(made, Dictionary | CrossLayerTranscoder | DictionarySet)
+    return made
 
 
 Predict = Callable[[int, dict[int, Tensor]], Tensor]

@@ -25,7 +25,7 @@ from microtome.dictionary.config import (
 )
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary, Origin
-from microtome.dictionary.fine_tuning import check_codes
+from microtome.dictionary.fine_tuning import checked
 from microtome.dictionary.formats import save_dictionary
 from microtome.dictionary.pursuit import MatchingPursuit
 from microtome.dictionary.rules import Step
@@ -163,9 +163,9 @@ def test_codes_that_no_architecture_has_are_refused(activation: Activation, to: 
 
 def test_signed_cross_layer_transcoders_are_refused() -> None:
     origin = Origin(model_name="toy", inputs=("a", "b"))
-    check_codes(CrossLayerTranscoder(D, F, TopK(K), origin=origin))
+    checked(CrossLayerTranscoder(D, F, TopK(K), origin=origin))
     with pytest.raises(ConfigError, match="no architecture here that is trained. Got: abstopk"):
-        check_codes(CrossLayerTranscoder(D, F, AbsTopK(K), origin=origin))
+        checked(CrossLayerTranscoder(D, F, AbsTopK(K), origin=origin))
 
 
 @pytest.mark.parametrize(("of", "fits"), [("relu", True), ("gated", False)])

@@ -43,7 +43,6 @@ def change_weights(file: Path, change: Callable[[dict[str, Tensor]], object]) ->
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("topk", {"architecture": "temporal"}, "encoded by itself. Got: architecture 'temporal'.*standard, topk"),
         ("topk", {"architecture": "matching_pursuit"}, "a tensor W_enc, which another kind has"),
         ("matching_pursuit", {"architecture": "topk", "k": 3}, r"W_enc None. Expected: W_enc \(8, 16\)"),
         ("matching_pursuit", {"residual_threshold": "low"}, "residual_threshold 'low'. Expected: a number"),

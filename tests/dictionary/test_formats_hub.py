@@ -138,8 +138,8 @@ def test_names_that_saelens_has_too_lead_to_the_same_place() -> None:
             if ours is not None:
                 both += 1
                 assert (ours.repo, ours.folder) == (theirs.repo_id, folder)
-                factor = ours.hinted(Hints()).norm_scaling_factor
-                assert factor == get_norm_scaling_factor(name, id_)
+                if ours.format != "temporal":  # its files have the scale
+                    assert ours.hinted(Hints()).norm_scaling_factor == get_norm_scaling_factor(name, id_)
     assert both > 8_000
 
 

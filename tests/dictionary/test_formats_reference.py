@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from microtome.dictionary import ContextDictionary
 from microtome.dictionary.formats import log_sparsity, read_dictionary
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -25,19 +26,21 @@ def test_there_are_fixtures_of_every_library() -> None:
     assert {name.split("/")[0] for name in EXPECTED} == {
         *("saelens", "saelens_checkpoint", "dictionary_learning", "sparsify", "clt", "llama_scope"),
         *("gemma-scope-2b-pt-res", "gemma-scope-2b-pt-transcoders", "gemma-scope-2-270m-pt", "llamascopium"),
-        *("circuit_tracer", "qwen_scope"),
+        *("circuit_tracer", "qwen_scope", "saelens_temporal", "temporal"),
     }
-    assert len(EXPECTED) == 105
+    assert len(EXPECTED) == 113
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_codes_and_reconstructions_are_the_librarys(name: str) -> None:
     expected = load_file(FIXTURES / f"{name}.expected.safetensors")
     made = read_dictionary(FIXTURES / name).dictionary
-    dense = made.encode(expected["x"]).to_dense()
-    assert (dense != 0).any(1).sum() >= 5  # of 12 rows: the comparison is not of zeros
+    x = expected["x"]
+    rows = made.in_context(x).flatten(0, 1) if isinstance(made, ContextDictionary) else x
+    dense = made.encode(rows).to_dense().view(*x.shape[:-1], -1)
+    assert (dense != 0).any(-1).sum() >= 5  # of 12 rows: the comparison is not of zeros
     torch.testing.assert_close(dense.sign(), expected["codes"].sign())
-    torch.testing.assert_close(made(expected["x"]), expected["out"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made(x), expected["out"], rtol=1e-5, atol=1e-5)
     codes = dense * expected.get("units", THEIR_UNITS.get(name, torch.tensor(1.0)))
     torch.testing.assert_close(codes, expected["codes"], rtol=1e-5, atol=1e-5)
 

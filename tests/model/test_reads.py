@@ -245,12 +245,12 @@ def test_the_transformer_from_scratch(normalization: str, settings: dict[str, st
         assert torch.equal(model.run_with_hooks(TOKENS, [(point, lambda x, _: x * 0.5)]), wanted)
 
 
-def test_parts_that_are_not_there_read_nothing() -> None:
-    sizes = {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_head": 8, "d_mlp": 32, "d_vocab": 320, "n_ctx": 16}
-    for lacks, point in (({"d_mlp": 0}, "mlp.hook_in"), ({"n_heads": 0}, "attn.hook_in")):
-        model = ReferenceTransformer.build(ReferenceConfig(**{**sizes, **lacks}), 0).hooked()
-        assert not any(name.endswith(point) for name in model.hook_points)
-        assert sum(name.endswith(".hook_in") for name in model.hook_points) == 3  # two blocks', and the unembedding's
+@pytest.mark.parametrize(("d_mlp", "n_heads", "point"), [(0, 2, "mlp.hook_in"), (32, 0, "attn.hook_in")])
+def test_parts_that_are_not_there_read_nothing(d_mlp: int, n_heads: int, point: str) -> None:
+    config = ReferenceConfig(n_layers=2, d_model=16, n_heads=n_heads, d_head=8, d_mlp=d_mlp, d_vocab=320, n_ctx=16)
+    model = ReferenceTransformer.build(config, 0).hooked()
+    assert not any(name.endswith(point) for name in model.hook_points)
+    assert sum(name.endswith(".hook_in") for name in model.hook_points) == 3  # two blocks', and the unembedding's
 
 
 def test_names_globs_and_depth() -> None:
@@ -265,7 +265,7 @@ def test_names_globs_and_depth() -> None:
     found = model.activations(TOKENS, [MLP, "blocks.1.hook_resid_pre"])
     assert torch.equal(found["in", 1, "mlp"], found[MLP])
     assert torch.equal(found["in", 1], found["resid_pre", 1]), "the block's input, in TransformerBridge's spelling"
-    assert ("in", 1) not in model.activations(TOKENS, [MLP, ATTN])
+    assert model.activations(TOKENS, [MLP, ATTN]).get(("in", 1)) is None
 
 
 def test_a_run_ends_at_it() -> None:
@@ -283,13 +283,18 @@ def test_a_run_ends_at_it() -> None:
 def test_generation_reads_and_edits_it_as_one_pass_does(kind: str) -> None:
     """One token at a time, from the key/value cache."""
     model = make(kind, tokenizer=None)
-    steps: list[Tensor] = []
-    with model.hooks([(MLP, lambda x, _: (steps.append(x[:, -1:].clone()), x * 0.5)[1])]):
-        past = None
+    seen: list[Tensor] = []
+
+    def halve(x: Tensor, _: object) -> Tensor:
+        seen.append(x.clone())
+        return x * 0.5
+
+    past: Any = None
+    with model.hooks([(MLP, halve)]):
         for i in range(TOKENS.shape[1]):
             out = model.hf(input_ids=TOKENS[:, i : i + 1], past_key_values=past, use_cache=True)
             past = out.past_key_values
-    whole: list[Tensor] = []
-    logits = model.run_with_hooks(TOKENS, [(MLP, lambda x, _: (whole.append(x.clone()), x * 0.5)[1])])
-    torch.testing.assert_close(torch.cat(steps, 1), whole[0], rtol=1e-4, atol=1e-4)
+    logits = model.run_with_hooks(TOKENS, [(MLP, halve)])
+    *steps, whole = seen
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(out.logits[:, -1], logits[:, -1], rtol=1e-4, atol=1e-4)

@@ -21,6 +21,9 @@ from microtome.model import HookedModel
 from microtome.model.names import HookName
 from microtome.text import TokenDataset
 
+Sequences = tuple[list[Float[Tensor, "sequence context _"]], Bool[Tensor, "sequence context"]]
+"""The activations of whole sequences at each hook point, and which of their tokens are text."""
+
 
 class ActivationSource(ABC):
     """Blocks of activations at one or several hook points. A source inherits from it and sets the four attributes."""
@@ -61,14 +64,18 @@ def text_mask(tokens: Int[Tensor, "sequence context"], special_ids: Sequence[int
     return torch.isin(tokens, torch.tensor(special_ids, dtype=tokens.dtype, device=tokens.device), invert=True)
 
 
-def side_by_side(parts: Sequence[Float[Tensor, "row _"]]) -> Float[Tensor, "row d"]:
+def side_by_side(parts: Sequence[Float[Tensor, "*row _"]]) -> Float[Tensor, "*row d"]:
     """The parts in one row each, on the first one's device, in the dtype that holds all of them."""
     if len(parts) == 1:
         return parts[0]
     dtype = parts[0].dtype
     for part in parts[1:]:
         dtype = torch.promote_types(dtype, part.dtype)
-    return torch.cat([part.to(device=parts[0].device, dtype=dtype) for part in parts], dim=1)
+    return torch.cat([part.to(device=parts[0].device, dtype=dtype) for part in parts], dim=-1)
+
+
+def _of_text(parts: Sequence[Float[Tensor, "sequence context _"]], is_text: Tensor) -> Float[Tensor, "row d"]:
+    return side_by_side([part[is_text.to(part.device)] for part in parts])
 
 
 def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
@@ -107,8 +114,11 @@ class StoreSource(ActivationSource):
         return np.array([int(self._mask(block).sum()) for block in range(self.n_blocks)])
 
     def read(self, block: int) -> Float[Tensor, "row d"]:
-        is_text, bounds = self._mask(block), self._bounds(block)
-        return side_by_side([self.store.read(name, *bounds)[is_text] for name in self.hook_names])
+        return _of_text(*self.sequences(block))
+
+    def sequences(self, block: int) -> Sequences:
+        """The block's sequences whole."""
+        return [self.store.read(name, *self._bounds(block)) for name in self.hook_names], self._mask(block)
 
     def describe(self) -> JsonObject:
         return {
@@ -157,12 +167,15 @@ class ModelSource(ActivationSource):
     def block_rows(self) -> Int[np.ndarray, " block"]:
         return np.array([int(text_mask(self._tokens(b), self.dataset.special_ids).sum()) for b in range(self.n_blocks)])
 
-    @torch.no_grad()
     def read(self, block: int) -> Float[Tensor, "row d"]:
+        return _of_text(*self.sequences(block))
+
+    @torch.no_grad()
+    def sequences(self, block: int) -> Sequences:
+        """The block's sequences whole."""
         tokens = self._tokens(block)
         cache = self.model.activations(tokens, self.hook_names)
-        is_text = text_mask(tokens, self.dataset.special_ids)
-        return side_by_side([cache[name].flatten(2)[is_text.to(cache[name].device)] for name in self.hook_names])
+        return [cache[name].flatten(2) for name in self.hook_names], text_mask(tokens, self.dataset.special_ids)
 
     def describe(self) -> JsonObject:
         return {

@@ -48,7 +48,13 @@ def run(options: Options) -> dict[str, Any]:
     """Evaluate, write the figures, and return them."""
     from microtome.common.artifacts import write_json
     from microtome.common.config import to_dict
-    from microtome.dictionary import Dictionary, EvaluateConfig, evaluate, load_dictionary_or_set
+    from microtome.dictionary import (
+        Dictionary,
+        EvaluateConfig,
+        TemporalDictionary,
+        evaluate,
+        load_dictionary_or_set,
+    )
     from microtome.dictionary.measures import Measures, check_names, finite
 
     check_names(options.metrics)
@@ -58,7 +64,8 @@ def run(options: Options) -> dict[str, Any]:
     )
     sae = load_dictionary_or_set(options.dictionary)
     # The decoder rows of a cross-layer transcoder of many layers fill the memory, if each is written out for all of them.
-    metrics = options.metrics or (("core", "geometry") if isinstance(sae, Dictionary) else ("core",))
+    one_row_each = isinstance(sae, Dictionary | TemporalDictionary)
+    metrics = options.metrics or (("core", "geometry") if one_row_each else ("core",))
     model = options.load_model()
     sae = sae.to(model.device)
     figures: dict[str, Any] = {}

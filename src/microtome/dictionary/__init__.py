@@ -40,14 +40,16 @@ from microtome.dictionary.probing import Probing, probing
 from microtome.dictionary.replacement import as_replacement, replacement_logits
 from microtome.dictionary.signs import split_signs
 from microtome.dictionary.similarity import Similarity, similarity
-from microtome.dictionary.surface import LayeredDictionary, SparseDictionary
+from microtome.dictionary.surface import ContextDictionary, LayeredDictionary, SparseDictionary
 from microtome.dictionary.targeted import scr, tpp
+from microtome.dictionary.temporal import TemporalDictionary
 from microtome.dictionary.trainer import TrainConfig, train, train_cross_layer
 
 __all__ = [
     "Absorption",
     "BatchTopKConfig",
     "Comparison",
+    "ContextDictionary",
     "CrossLayerTranscoder",
     "Dictionary",
     "DictionaryConfig",
@@ -73,6 +75,7 @@ __all__ = [
     "Similarity",
     "SparseCodes",
     "SparseDictionary",
+    "TemporalDictionary",
     "TopKConfig",
     "TrainConfig",
     "absorption",

@@ -28,7 +28,7 @@ from microtome.dictionary.labelled import EncodedTexts, in_decoder_units
 from microtome.dictionary.letters import FirstLetters, by_beginning, first_letters, spelling_accuracy
 from microtome.dictionary.logistic import fit_probes
 from microtome.dictionary.probing import SEEDS, ranked_latents
-from microtome.dictionary.surface import Read, SparseDictionary, decoder_rows, points
+from microtome.dictionary.surface import ContextDictionary, Read, SparseDictionary, decoder_rows, points
 from microtome.dictionary.targeted import probe_direction
 from microtome.model import HookedModel
 
@@ -97,10 +97,12 @@ def encode_words(
     """x, y and codes at the last token of each prompt; one attribute for each letter."""
     order, parts = [], []
     with progress(len(task.words), "encode words", "words") as bar:
-        for which, begun in by_beginning(model, task.prompts, rows=rows):
+        # A dictionary whose codes depend on the tokens before has to see all of them.
+        share = not isinstance(dictionary, ContextDictionary)
+        for which, begun in by_beginning(model, task.prompts, rows=rows, share=share):
             read = Read(begun.activations(task.prompts[which], points([dictionary])))
-            x, y = read.x(dictionary)[:, -1], read.y(dictionary)[:, -1]
-            parts.append((x.cpu(), y.cpu(), in_decoder_units(dictionary, x)))
+            x, y, coded = (part[:, -1] for part in (read.x(dictionary), read.y(dictionary), read.rows(dictionary)))
+            parts.append((x.cpu(), y.cpu(), in_decoder_units(dictionary, coded)))
             order.append(which)
             bar.advance(len(which))
     back = torch.cat(order).argsort()

@@ -91,7 +91,7 @@ def states_of(dictionary: SparseDictionary, asked: Asked, rows: int) -> States:
         mask = None if asked.prompts.mask is None else asked.prompts.mask[part]
         read = Read(model.activations(Prompts(asked.prompts.tokens[part], mask), names))
         at = torch.arange(len(part)), asked.place[part]
-        codes.append(in_decoder_units(dictionary, read.x(dictionary)[at]))
+        codes.append(in_decoder_units(dictionary, read.rows(dictionary)[at]))
         y.append(read.y(dictionary)[at].cpu())
         says.append(asked.logits(part).argmax(1))
     return States(torch.cat(codes), torch.cat(y), torch.cat(says))

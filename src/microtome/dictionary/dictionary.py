@@ -179,35 +179,40 @@ class Dictionary(nn.Module):
 
     def pre_activations(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """(N(x) − b_dec) W_enc + b_enc, in the weights' dtype; of a matching pursuit those of its first step."""
-        return functional.linear(self._inside(x), self.encoder, self.b_enc)
+        return functional.linear(self.inside(x), self.encoder, self.b_enc)
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
         """The codes of each row."""
-        return self.activation.encode(self._inside(x), self.encoder, self.b_enc, self.W_dec)
+        return self.activation.encode(self.inside(x), self.encoder, self.b_enc, self.W_dec)
 
     def decode(self, codes: SparseCodes, x: Float[Tensor, "n d_in"] | None = None) -> Float[Tensor, "n d_out"]:
         """f W_dec + b_dec, and what of it depends on the input. Raises InputError when that is needed and not given."""
-        out = codes.times(self.W_dec) + self.b_dec
-        if self.W_skip is None and self.input_norm == "none":
-            return out
-        if x is None:
-            what = "an input norm" if self.W_skip is None else "a skip path"
-            raise InputError(f"A dictionary with {what} decodes only beside its input", fix="Pass x as well")
-        x = x.to(self.b_dec.dtype)
-        _, scales = self._normalised(x)
-        if scales is not None:
-            out = out * scales.std + scales.mean
-        return out if self.W_skip is None else out + x @ self.W_skip
+        return self.outside(codes.times(self.W_dec) + self.b_dec, x)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The reconstruction (or prediction) for activations of any leading shape, in their own dtype."""
         rows = x.reshape(-1, self.d_in)
         return self.decode(self.encode(rows), rows).to(x.dtype).view(*x.shape[:-1], self.d_out)
 
-    def _inside(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+    def inside(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """What the encoder multiplies: N(x) − b_dec."""
         rows, _ = self._normalised(x.to(self.b_dec.dtype))
         return rows - self.b_dec if self.center else rows
+
+    def outside(
+        self, decoded: Float[Tensor, "n d_out"], x: Float[Tensor, "n d_in"] | None = None
+    ) -> Float[Tensor, "n d_out"]:
+        """The output from f W_dec + b_dec: N⁻¹ of it, and the skip path. Raises InputError when x is needed and not given."""
+        if self.W_skip is None and self.input_norm == "none":
+            return decoded
+        if x is None:
+            what = "an input norm" if self.W_skip is None else "a skip path"
+            raise InputError(f"A dictionary with {what} decodes only beside its input", fix="Pass x as well")
+        x = x.to(self.b_dec.dtype)
+        _, scales = self._normalised(x)
+        if scales is not None:
+            decoded = decoded * scales.std + scales.mean
+        return decoded if self.W_skip is None else decoded + x @ self.W_skip
 
     def _normalised(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Scales | None]:
         if self.input_norm == "none":

@@ -10,7 +10,8 @@ An activation that compares each latent with a number of its own (ReLU, JumpReLU
 | Gated            | the same codes            | the same, and those below θ    | the k largest                  |
 | TopK             | one θ that gives its L0   | the same, and all others above 0 | the k largest: the same for its k |
 
-Codes below zero (AbsTopK) and those of a matching pursuit none of them can have: such dictionaries are refused.
+Codes below zero (AbsTopK), those of a matching pursuit and those of a temporal dictionary none of them can have: such
+dictionaries are refused.
 
 ReLU could fire for the same latents alone if their biases were lower by θ, but then each is too small by θ. On the built-in
 model's layer 15 (d_sae 1,152, held-out text without sinks), a BatchTopK dictionary with L0 50 and FVU 0.289 begins so with
@@ -32,6 +33,7 @@ from microtome.dictionary.activation import Activation, JumpReLU
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.selection import kth_largest
+from microtome.dictionary.temporal import TemporalDictionary
 
 L0_ROWS = 2048  # so many are enough to find an L0
 
@@ -47,9 +49,15 @@ class Start:
     norms: Float[Tensor, " F"]
 
 
-def check_codes(start: Dictionary | CrossLayerTranscoder) -> None:
-    """Raise ConfigError for a dictionary whose codes no architecture that is trained can have: signed ones, and those of a
-    matching pursuit."""
+def checked(start: Dictionary | CrossLayerTranscoder | TemporalDictionary) -> Dictionary | CrossLayerTranscoder:
+    """The dictionary itself. Raises ConfigError for one whose codes no architecture that is trained can have: signed ones,
+    those of a matching pursuit, and those that depend on the tokens before."""
+    if isinstance(start, TemporalDictionary):
+        raise ConfigError(
+            "The dictionary to fine-tune has codes that depend on the tokens before, and a training shuffles tokens",
+            got=start.architecture,
+            fix="Name another dictionary",
+        )
     for each in start.modules():
         if isinstance(each, Activation) and (each.signed or not each.at_once):
             split = each.signed and isinstance(start, Dictionary)
@@ -59,6 +67,7 @@ def check_codes(start: Dictionary | CrossLayerTranscoder) -> None:
                 expected="codes that are a function of the pre-activations and never below zero",
                 fix="Split its signs (microtome convert --split-signs)" if split else "Name another dictionary",
             )
+    return start
 
 
 @torch.no_grad()

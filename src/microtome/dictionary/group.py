@@ -18,7 +18,7 @@ from microtome.dictionary.architectures import make_rule
 from microtome.dictionary.config import DictionaryConfig, GatedConfig, JumpReLUConfig, PenaltyConfig
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
-from microtome.dictionary.fine_tuning import L0_ROWS, check_codes, with_thresholds
+from microtome.dictionary.fine_tuning import L0_ROWS, checked, with_thresholds
 from microtome.dictionary.formats import load_any_dictionary
 from microtome.dictionary.layout import Layered, Layout, Separate, Sites, take
 from microtome.dictionary.resampling import resample
@@ -85,8 +85,7 @@ class Group:
         self.stack.initialise(data, self.layout.seeds([seed if c.seed is None else c.seed for c in self.configs]))
         for member, config in enumerate(self.configs):
             if config.fine_tune is not None:
-                start = load_any_dictionary(config.fine_tune, device=str(rows.device))
-                check_codes(start)
+                start = checked(load_any_dictionary(config.fine_tune, device=str(rows.device)))
                 if isinstance(config, JumpReLUConfig | GatedConfig):
                     start = with_thresholds(start, take(rows[:L0_ROWS] / scales, self.layout.x_columns))
                 self.layout.begin_with(self.stack, member, start, scales)

@@ -155,7 +155,7 @@ def _encoded(
     read = Read(
         model.activations(prompts, list(dict.fromkeys((*dictionary.origin.inputs, *dictionary.origin.outputs))))
     )
-    x, y = read.x(dictionary), read.y(dictionary)
+    x, y, coded = read.x(dictionary), read.y(dictionary), read.rows(dictionary)
     where = text_positions(model, prompts.tokens, prompts.mask).to(x.device)
     rows = []
     for i, text in enumerate(texts):
@@ -163,9 +163,8 @@ def _encoded(
         if len(here) == 0:
             raise InputError(f"{labelled.name}: a text has no text tokens", got=repr(text))
         here = here[-1:] if labelled.readout == "last" else here
-        rows.append(
-            (x[i, here].mean(0).cpu(), y[i, here].mean(0).cpu(), in_decoder_units(dictionary, x[i, here]).mean(0))
-        )
+        codes = in_decoder_units(dictionary, coded[i, here])
+        rows.append((x[i, here].mean(0).cpu(), y[i, here].mean(0).cpu(), codes.mean(0)))
     return rows
 
 
@@ -178,15 +177,15 @@ def text_positions(
     return is_text if mask is None else is_text & mask
 
 
-def in_decoder_units(dictionary: SparseDictionary, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-    """Dense codes on the CPU, scaled so that each row's part of the output is codes · W_dec."""
-    codes = dictionary.encode(x)
+def in_decoder_units(dictionary: SparseDictionary, rows: Float[Tensor, "n d_row"]) -> Float[Tensor, "n d_sae"]:
+    """Dense codes of `Read.rows` on the CPU, scaled so that each row's part of the output is codes · W_dec."""
+    codes = dictionary.encode(rows)
     dense = codes.to_dense().float()
     if getattr(dictionary, "input_norm", "none") == "none":
         return dense.cpu()
     # One latent shows the scale: the decoder is linear in the codes of a row.
     nothing = codes.__class__(codes.indices, torch.zeros_like(codes.values), codes.d_sae)
-    part = (dictionary.decode(codes, x) - dictionary.decode(nothing, x)).norm(dim=1)
+    part = (dictionary.decode(codes, rows) - dictionary.decode(nothing, rows)).norm(dim=1)
     plain = (dense @ decoder_rows(dictionary)).norm(dim=1)
     scale = torch.where(plain > 0, part / plain.clamp_min(1e-30), torch.ones_like(plain))
     return (dense * scale[:, None]).cpu()

@@ -114,14 +114,14 @@ def _prompt(model: HookedModel, word: str, others: Sequence[str], asks: str) -> 
 
 
 def by_beginning(
-    model: HookedModel, prompts: Int[Tensor, "word pos"], *, behind: int = 1, rows: int = 256
+    model: HookedModel, prompts: Int[Tensor, "word pos"], *, behind: int = 1, rows: int = 256, share: bool = True
 ) -> Iterator[tuple[Int[Tensor, " some"], Beginning]]:
     """The numbers of the prompts, some at a time, with what they have in common: all but the last `behind` tokens, which the
-    model has read. Where hardly any two have, nothing is shared."""
+    model has read. Without `share`, and where hardly any two have something in common, each is read whole."""
     common = prompts[:, :-behind]
     # Rows of no tokens are all alike, but `unique` does not take them.
     beginnings, of = common.unique(dim=0, return_inverse=True) if common.shape[1] else (common, None)
-    if of is None or len(beginnings) * 4 > len(prompts):
+    if not share or of is None or len(beginnings) * 4 > len(prompts):
         nothing = Beginning.of(model, prompts[0, :0])
         for part in torch.arange(len(prompts)).split(max(1, rows // 8)):
             yield part, nothing

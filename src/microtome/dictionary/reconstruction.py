@@ -68,10 +68,10 @@ class Reconstruction:
 
     def add(self, read: Read, is_text: Bool[Tensor, "batch pos"], unit: Int[Tensor, " batch"]) -> None:
         """Add the activations of a batch; `unit` is each sequence's."""
-        x, y = read.x(self.dictionary).flatten(0, 1), read.y(self.dictionary).flatten(0, 1)
+        rows, y = read.rows(self.dictionary).flatten(0, 1), read.y(self.dictionary).flatten(0, 1)
         self.parts = self.parts or _parts(self.dictionary.origin.outputs, read)
-        codes = self.dictionary.encode(x)
-        decoded = self.dictionary.decode(codes, x).float()
+        codes = self.dictionary.encode(rows)
+        decoded = self.dictionary.decode(codes, rows).float()
         self.everywhere.add(y, decoded)
         text = is_text.flatten().to(y.device)
         of_row = unit[:, None].expand(is_text.shape).flatten()[text.cpu()]

@@ -1,22 +1,24 @@
 """Latents that fire in two directions (AbsTopK), taken apart: what asks for codes that are never below zero reads these."""
 
 import torch
+from torch import nn
 
 from microtome.common.errors import ConfigError
 from microtome.dictionary.activation import AbsTopK, TopK
-from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
 
 
 @torch.no_grad()
-def split_signs(made: Dictionary | CrossLayerTranscoder) -> Dictionary:
+def split_signs(made: nn.Module) -> Dictionary:
     """An AbsTopK dictionary as a TopK of twice as many latents: i where latent i is above zero, d_sae + i where it is below.
 
     The k largest of pre and −pre are the k largest absolute values, so the output is the same. Raises ConfigError for a
     dictionary of another kind.
     """
     if not isinstance(made, Dictionary) or not isinstance(made.activation, AbsTopK):
-        raise ConfigError("Only an AbsTopK dictionary has signs to split", got=made.architecture)
+        raise ConfigError(
+            "Only an AbsTopK dictionary has signs to split", got=getattr(made, "architecture", type(made).__name__)
+        )
     both = Dictionary(
         made.d_in,
         2 * made.d_sae,

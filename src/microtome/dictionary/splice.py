@@ -144,9 +144,9 @@ class Function:
             yield _key("zero", together), {name: torch.zeros_like(mean) for name, mean in means.items()}
             yield _key("mean", together), means
         for i, dictionary in enumerate(self.dictionaries):
-            x, outputs = read.x(dictionary), dictionary.origin.outputs
-            rows = x.flatten(0, 1)
-            y = dictionary.decode(dictionary.encode(rows), rows).view(*x.shape[:-1], -1)
+            sequences, outputs = read.rows(dictionary), dictionary.origin.outputs
+            rows = sequences.flatten(0, 1)
+            y = dictionary.decode(dictionary.encode(rows), rows).view(*sequences.shape[:-1], -1)
             parts = dict(zip(outputs, y.split([len(self.means[name]) for name in outputs], -1), strict=True))
             for splice in self.splices:
                 if splice.of == i:

@@ -1,7 +1,8 @@
 """`SparseDictionary`: what every measurement asks of a dictionary, whatever its class.
 
 Its activations x are those of `origin.inputs`, one behind the other along the last axis; y those of `origin.outputs`.
-`Read` is one batch of both.
+`Read` is one batch of both. Its rows are what `encode` takes: the activations themselves, unless the dictionary's codes
+depend on the tokens before (`ContextDictionary`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,14 @@ class SparseDictionary(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The weights: where they are and in which dtype."""
+
+
+@runtime_checkable
+class ContextDictionary(SparseDictionary, Protocol):
+    """One whose codes depend on the tokens before (a temporal dictionary): it makes its rows from whole sequences."""
+
+    def in_context(self, x: Float[Tensor, "batch pos d_in"], /) -> Float[Tensor, "batch pos d_row"]:
+        """The rows of all tokens: the activation first, then what the tokens before say of it."""
 
 
 @runtime_checkable
@@ -84,6 +93,11 @@ class Read:
     def x(self, dictionary: SparseDictionary) -> Float[Tensor, "batch pos d_in"]:
         """What it reads, where its weights are."""
         return self.at(dictionary.origin.inputs).to(device_of(dictionary))
+
+    def rows(self, dictionary: SparseDictionary) -> Float[Tensor, "batch pos d_row"]:
+        """What its `encode` takes: x, or x in its context. The batch has to hold sequences from their first token on."""
+        x = self.x(dictionary)
+        return dictionary.in_context(x) if isinstance(dictionary, ContextDictionary) else x
 
     def y(self, dictionary: SparseDictionary) -> Float[Tensor, "batch pos d_out"]:
         """What it should give, where its weights are."""

@@ -49,6 +49,7 @@ from microtome.dictionary.layout import Sites
 from microtome.dictionary.loggers import Loggers, as_one_row
 from microtome.dictionary.stack import StepReport
 from microtome.dictionary.statistics import input_scales
+from microtome.dictionary.temporal import TemporalDictionary
 
 KIND, SWEEP_KIND = "dictionary", "dictionary_sweep"
 STATISTICS_BATCHES = 4
@@ -380,7 +381,7 @@ class Trainer:
             old.unlink()
         target = self.draft.publish(overwrite=self.overwrite, seed=self.config.seed)
         places = [target] if self.single else [target / str(n) for n in range(len(self.configs))]
-        return [read_dictionary(place).dictionary for place in places]
+        return [_trained(place) for place in places]
 
     def _write_head(self, folder: Path, config: DictionaryConfig) -> None:
         """A dictionary of a sweep is an artifact of its own."""
@@ -388,6 +389,13 @@ class Trainer:
         head = {"kind": KIND, "format": FORMAT, "config": {"architecture": describe(config), **shared}}
         write_json(folder / CONFIG, head)
         write_json(folder / PROVENANCE, {**describe_run(), "seed": self.config.seed})
+
+
+def _trained(place: Path) -> Dictionary | CrossLayerTranscoder:
+    """What was just written there."""
+    made = read_dictionary(place).dictionary
+    assert not isinstance(made, TemporalDictionary)
+    return made
 
 
 def _trim_log(file: Path, step: int) -> None:

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int, Int32
+from jaxtyping import Bool, Float, Float32, Int, Int32
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from microtome.activations import ActivationStore, ModelSource, StoreSource
+from microtome.activations.source import side_by_side
 from microtome.common.artifacts import Draft, atomic_file, draft, read_head, read_json, write_json
 from microtome.common.config import JsonObject, difference, from_dict, to_dict
 from microtome.common.errors import ArtifactError, InputError, ModelError
@@ -28,7 +30,7 @@ from microtome.common.progress import progress
 from microtome.dictionary import DictionaryOrSet
 from microtome.dictionary.fit import check_fit
 from microtome.dictionary.formats import CFG
-from microtome.dictionary.surface import latents_by_input
+from microtome.dictionary.surface import ContextDictionary, latents_by_input
 from microtome.features.config import KIND, IndexConfig, IndexRecord, PointLatents, histogram_edges
 from microtome.features.index import FeatureIndex, open_index
 from microtome.features.summary import FeatureSummary
@@ -147,11 +149,20 @@ class _Pass:
     def codes(self, block: int) -> Codes:
         """The sparse codes of a block's text tokens, on the CPU, and which of these are no attention sinks: those alone
         are encoded."""
-        weight, x = next(self.sae.parameters()), self.source.read(block)
-        near = x.float().norm(dim=1) <= (self.config.sink_norm or math.inf)
-        codes = self.sae.encode(x[near].to(weight.device, weight.dtype))
+        weight, rows = next(self.sae.parameters()), self._rows(block)
+        near = rows[:, : self.sae.d_in].float().norm(dim=1) <= (self.config.sink_norm or math.inf)
+        codes = self.sae.encode(rows[near].to(weight.device, weight.dtype))
         indices, values = codes.indices.to("cpu", torch.int32), codes.values.to("cpu", torch.float32)
         return indices.numpy(), values.numpy(), near.cpu().numpy()
+
+    def _rows(self, block: int) -> Float[Tensor, "row d_row"]:
+        """What the dictionary's `encode` takes, of a block's text tokens."""
+        if not isinstance(self.sae, ContextDictionary):
+            return self.source.read(block)
+        parts, is_text = self.source.sequences(block)
+        weight = next(self.sae.parameters())
+        rows = self.sae.in_context(side_by_side(parts).to(weight.device, weight.dtype))
+        return rows[is_text.to(rows.device)]
 
     def run(self, made: Draft) -> FeatureSummary:
         """Go over all blocks that the checkpoint in the draft has not seen."""

@@ -54,7 +54,7 @@ class Reader:
         ids = [int(i) for i in tokens[0]]
         with torch.inference_mode():
             read = Read(self.model.activations(tokens, list(self.dictionary.origin.inputs)))
-            codes = self.dictionary.encode(read.x(self.dictionary)[0])
+            codes = self.dictionary.encode(read.rows(self.dictionary)[0])
         features: list[list[tuple[int, float]]] = []
         for token, latents, values in zip(ids, codes.indices.tolist(), codes.values.tolist(), strict=True):
             fired = sorted(((f, v) for f, v in zip(latents, values, strict=True) if v > 0), key=lambda p: (-p[1], p[0]))

@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
 from microtome.common.errors import ConfigError
-from microtome.dictionary import CrossLayerTranscoder, Dictionary, DictionarySet, SparseDictionary
+from microtome.dictionary import CrossLayerTranscoder, Dictionary, DictionarySet, SparseDictionary, TemporalDictionary
 from microtome.dictionary.activation import Activation
 from microtome.features.config import IndexConfig
 from microtome.features.write import WeightFacts
@@ -72,6 +72,8 @@ class LatentWeights:
                 row=written,
                 spaces=(sae.d_sae,),
             )
+        if isinstance(sae, TemporalDictionary):
+            return cls.of(sae.novel)
         assert isinstance(sae, Dictionary)
         W_dec = sae.W_dec.float()
         return cls(

@@ -34,6 +34,8 @@ from microtome.dictionary.formats.reading import AnyDictionary, Format, Hints, R
 from microtome.dictionary.formats.releases import find_release
 from microtome.dictionary.formats.saelens import FORMAT as SAELENS
 from microtome.dictionary.formats.sparsify import FORMAT as SPARSIFY
+from microtome.dictionary.formats.temporal import FORMAT as TEMPORAL
+from microtome.dictionary.temporal import TemporalDictionary
 
 DictionaryOrSet = AnyDictionary | DictionarySet
 FORMATS: Mapping[str, Format] = {
@@ -51,6 +53,7 @@ FORMATS: Mapping[str, Format] = {
         MNTSS,
         CIRCUIT_TRACER,
         QWEN_SCOPE,
+        TEMPORAL,
     )
 }
 
@@ -108,8 +111,13 @@ def load_dictionary(
     """
     hints = _hints(hook_name, hook_name_out, model_name, norm_scaling_factor)
     made = _placed(read_dictionary(name, format, hints), device, dtype)
-    if not isinstance(made, Dictionary):
+    if isinstance(made, CrossLayerTranscoder):
         raise ArtifactError(f"{name} is a cross-layer transcoder", fix="Open it with load_cross_layer_transcoder")
+    if isinstance(made, TemporalDictionary):
+        raise ArtifactError(
+            f"{name} is a temporal dictionary, whose codes depend on the tokens before",
+            fix="Open it with load_any_dictionary",
+        )
     return made
 
 
@@ -134,12 +142,17 @@ def load_any_dictionary(
     name: str | Path,
     format: str | None = None,  # noqa: A002
     *,
+    hook_name: str | None = None,
+    hook_name_out: str | None = None,
     model_name: str | None = None,
+    norm_scaling_factor: float | None = None,
     device: str = "cpu",
     dtype: str = "fp32",
 ) -> AnyDictionary:
-    """Open a dictionary of either class, for what works with both; names and errors are those of `load_dictionary`."""
-    return _placed(read_dictionary(name, format, Hints(model_name=model_name)), device, dtype)
+    """Open a dictionary of any class, for what works with all of them, a temporal one among them; names, hints and errors
+    are those of `load_dictionary`."""
+    hints = _hints(hook_name, hook_name_out, model_name, norm_scaling_factor)
+    return _placed(read_dictionary(name, format, hints), device, dtype)
 
 
 def _placed(reading: Reading, device: str, dtype: str) -> AnyDictionary:
@@ -161,10 +174,11 @@ def load_dictionary_set(path: str | Path, *, device: str = "cpu", dtype: str = "
     folder, members = Path(path), []
     for each in _members(folder):
         member = load_any_dictionary(each, device=device, dtype=dtype)
-        if isinstance(member, CrossLayerTranscoder):
+        if not isinstance(member, Dictionary):
+            several = isinstance(member, CrossLayerTranscoder)
             raise ConfigError(
-                f"The dictionaries in {folder} are no set: those of a set have one point each",
-                got=f"a cross-layer transcoder in {each.name}",
+                f"The dictionaries in {folder} are no set: those of a set have one point each, and codes of its rows alone",
+                got=f"a {'cross-layer transcoder' if several else 'temporal dictionary'} in {each.name}",
                 fix=f"Name one of them ({each}), or compare them (microtome compare)",
             )
         members.append(member)

@@ -41,7 +41,7 @@ def detect(folder: Path) -> bool:
     return (folder / CFG).is_file() and (folder / WEIGHTS).is_file() and KEY in read_json(folder / CFG)
 
 
-def cfg_of(made: AnyDictionary) -> dict[str, Any]:
+def cfg_of(made: Dictionary | CrossLayerTranscoder) -> dict[str, Any]:
     """The cfg.json of any dictionary."""
     cross = isinstance(made, CrossLayerTranscoder)
     several = not cross and len(made.origin.inputs) > 1
@@ -66,7 +66,7 @@ def cfg_of(made: AnyDictionary) -> dict[str, Any]:
     }
 
 
-def tensors_of(made: AnyDictionary) -> dict[str, Tensor]:
+def tensors_of(made: Dictionary | CrossLayerTranscoder) -> dict[str, Tensor]:
     """Every parameter by name."""
     tensors: dict[str, Tensor] = dict(made.named_parameters())
     if isinstance(made, Dictionary):

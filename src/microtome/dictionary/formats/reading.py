@@ -14,8 +14,9 @@ from microtome.dictionary.activation import Activation
 from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary, InputNorm, Origin
 from microtome.dictionary.formats.tensors import finite
+from microtome.dictionary.temporal import TemporalDictionary
 
-AnyDictionary = Dictionary | CrossLayerTranscoder
+AnyDictionary = Dictionary | CrossLayerTranscoder | TemporalDictionary
 UNKNOWN = "unknown"
 
 

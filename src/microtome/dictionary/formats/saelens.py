@@ -28,7 +28,8 @@ from microtome.dictionary.formats.reading import (
     fold_whitening,
     leftover,
 )
-from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, CFG, Pursuit, SaeLensCfg, parse_cfg
+from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, CFG, SCALAR, Pursuit, SaeLensCfg, parse_cfg
+from microtome.dictionary.formats.temporal import TemporalCfg, build_temporal, notes_of
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
 from microtome.dictionary.pursuit import MatchingPursuit
 
@@ -50,6 +51,8 @@ def read(folder: Path, hints: Hints) -> Reading:
     notes: list[str] = ["the layout from before version 6"] if cfg.legacy else []
     if cfg.pursuit:
         return _read_pursuit(folder, cfg, cfg.pursuit, hints, file, notes)
+    if cfg.temporal:
+        return _read_temporal(folder, cfg, cfg.temporal, hints, file, notes)
     W_enc = file.take("W_enc", cfg.d_in, cfg.d_sae)
     W_dec = file.take("W_dec", cfg.d_sae, cfg.d_out)
     b_dec = file.take("b_dec", cfg.d_out)
@@ -128,6 +131,32 @@ def _read_pursuit(
     )
     _centering(made, cfg, hints, notes)
     return Reading(dictionary=made, format=NAME, notes=(*notes, *leftover(file.left)))
+
+
+def _read_temporal(
+    folder: Path, cfg: SaeLensCfg, temporal: TemporalCfg, hints: Hints, file: TensorFile, notes: list[str]
+) -> Reading:
+    """A temporal dictionary. What is folded into the others changes what attention predicts, but for one scale."""
+    centered = hints.centered or cfg.model_kwargs.get("center_writing_weights")
+    if cfg.normalize == "covariance_whitening" or centered:
+        raise ArtifactError(
+            f"The dictionary at {folder} is a temporal one on whitened or centred activations, which cannot be folded into it",
+            got="center_writing_weights" if centered else cfg.normalize,
+        )
+    file.refuse("b_enc", "scaling_factor", "finetuning_scaling_factor", *(set(_OF_SOME) - {"attn_layers"}))
+    scale = temporal.factor if cfg.normalize == SCALAR else _scale(folder, cfg, hints, [])
+    made = build_temporal(
+        folder,
+        hints.applied(cfg.origin),
+        file,
+        temporal,
+        d_in=cfg.d_in,
+        d_sae=cfg.d_sae,
+        center=cfg.center,
+        scale=scale,
+        input_norm=_norm(cfg),
+    )
+    return Reading(dictionary=made, format=NAME, notes=(*notes, *notes_of(made), *leftover(file.left)))
 
 
 def _norm(cfg: SaeLensCfg) -> InputNorm:

@@ -13,6 +13,7 @@ from microtome.common.errors import ArtifactError, ModelError
 from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model
 from microtome.dictionary.formats.reading import UNKNOWN
+from microtome.dictionary.formats.temporal import TemporalCfg, read_temporal
 from microtome.dictionary.formats.values import damaged, flag, is_number, table, text, whole
 from microtome.model import HookName
 
@@ -37,14 +38,11 @@ ACTIVATIONS = {
     "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
-}
-# What no activation of Microtome computes, and why.
-REFUSED = {
-    "temporal": "its codes depend on the tokens before, through attention over codes, and here each token's activation is "
-    "encoded by itself"
+    "temporal": "topk",
 }
 _LARGEST = 1e30
 NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
+SCALAR = "constant_scalar_rescale"  # of temporal dictionaries alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +64,7 @@ class SaeLensCfg:
     d_out: int
     k: int | None
     pursuit: Pursuit | None
+    temporal: TemporalCfg | None
     center: bool
     normalize: str
     rescale: bool
@@ -84,15 +83,9 @@ def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
     flat = _modern(file, cfg) if legacy else dict(cfg)
     metadata = flat if legacy else apart
     architecture = flat.get("architecture")
-    if isinstance(architecture, str) and architecture in REFUSED:
-        raise ArtifactError(
-            f"The dictionary at {folder} is of a kind that cannot be read: {REFUSED[architecture]}",
-            got=f"architecture {architecture!r}",
-            expected=f"one of {', '.join(ACTIVATIONS)}",
-        )
     _one_of(folder, "architecture", architecture, tuple(ACTIVATIONS))
     normalize = flat.get("normalize_activations") or "none"
-    _one_of(folder, "normalize_activations", normalize, NORMS)
+    _one_of(folder, "normalize_activations", normalize, (*NORMS, SCALAR) if architecture == "temporal" else NORMS)
     _one_of(folder, "reshape_activations", flat.get("reshape_activations"), ("none", "hook_z", None))
     kind = str(architecture)
     transcoder = kind.endswith("transcoder")
@@ -109,6 +102,7 @@ def parse_cfg(folder: Path, cfg: Mapping[str, Any]) -> SaeLensCfg:
         d_out=whole(file, flat, "d_out") if transcoder else d_in,
         k=whole(file, flat, "k") if kind in ("topk", "abstopk") else None,
         pursuit=read_pursuit(file, flat, d_in) if kind == "matching_pursuit" else None,
+        temporal=read_temporal(file, flat) if kind == "temporal" else None,
         center=center,
         normalize=normalize,
         rescale=_rescale(kind, flat),
@@ -154,7 +148,7 @@ def _modern(file: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rescale(architecture: str, flat: Mapping[str, Any]) -> bool:
     """Only TopK and its kin choose by the norm; in the checkpoints of those with a threshold it is the default."""
-    if ACTIVATIONS[architecture] not in ("topk", "abstopk", "batchtopk"):
+    if architecture == "temporal" or ACTIVATIONS[architecture] not in ("topk", "abstopk", "batchtopk"):
         return False
     return bool(flat.get("rescale_acts_by_decoder_norm", ACTIVATIONS[architecture] == "batchtopk"))
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from microtome.common.artifacts import atomic_file, write_json
 from microtome.common.errors import ConfigError
 from microtome.dictionary.activation import Gated, JumpReLU
-from microtome.dictionary.cross_layer import CrossLayerTranscoder
 from microtome.dictionary.dictionary import Dictionary
 from microtome.dictionary.formats.own import WEIGHTS, cfg_of, tensors_of
 from microtome.dictionary.formats.reading import AnyDictionary
 from microtome.dictionary.formats.saelens import SPARSITY
 from microtome.dictionary.formats.saelens_cfg import ACTIVATIONS, CFG, split_head
+from microtome.dictionary.formats.temporal import cfg_of_temporal, tensors_of_temporal
 from microtome.dictionary.pursuit import MatchingPursuit
+from microtome.dictionary.temporal import TemporalDictionary
 
 _FORMAT_VERSION = "6.0.0"  # the oldest SAELens whose reader takes this layout
 
@@ -39,9 +40,9 @@ def save_dictionary(
     """
     if fold_decoder_norms:
         made = _folded(made)
-    held = isinstance(made, Dictionary) and saelens_holds(made)
-    if held:
-        assert isinstance(made, Dictionary)
+    if isinstance(made, TemporalDictionary):
+        cfg, tensors = _common(made.novel) | cfg_of_temporal(made), tensors_of_temporal(made)
+    elif isinstance(made, Dictionary) and saelens_holds(made):
         cfg, tensors = saelens_cfg(made), _tensors(made)
     else:
         cfg, tensors = cfg_of(made), tensors_of(made)
@@ -74,9 +75,27 @@ def _tied(made: Dictionary) -> bool:
 
 def saelens_cfg(made: Dictionary) -> dict[str, Any]:
     """The cfg.json of a dictionary that SAELens holds."""
+    cfg = _common(made)
+    if made.is_transcoder:
+        hook, head = split_head(made.origin.outputs[0])
+        cfg["d_out"] = made.d_out
+        cfg["metadata"] |= {"hook_name_out": hook, "hook_head_index_out": head}
+    if isinstance(made.activation, MatchingPursuit):
+        cfg |= {
+            "residual_threshold": made.activation.residual_threshold,
+            "max_iterations": made.activation.max_iterations,
+            "stop_on_duplicate_support": made.activation.stop_on_duplicate_support,
+        }
+    if made.architecture in ("topk", "abstopk"):
+        cfg |= {"k": made.k, "rescale_acts_by_decoder_norm": False}
+    return cfg
+
+
+def _common(made: Dictionary) -> dict[str, Any]:
+    """What a cfg.json says of every kind."""
     origin, (hook, head) = made.origin, split_head(made.hook_name)
     heads = made.origin.inputs[0].endswith("hook_z") and not made.is_transcoder
-    cfg: dict[str, Any] = {
+    return {
         "architecture": made.architecture,
         "d_in": made.d_in,
         "d_sae": made.d_sae,
@@ -96,19 +115,6 @@ def saelens_cfg(made: Dictionary) -> dict[str, Any]:
             "dataset_path": origin.dataset,
         },
     }
-    if made.is_transcoder:
-        cfg["d_out"] = made.d_out
-        hook, head = split_head(origin.outputs[0])
-        cfg["metadata"] |= {"hook_name_out": hook, "hook_head_index_out": head}
-    if isinstance(made.activation, MatchingPursuit):
-        cfg |= {
-            "residual_threshold": made.activation.residual_threshold,
-            "max_iterations": made.activation.max_iterations,
-            "stop_on_duplicate_support": made.activation.stop_on_duplicate_support,
-        }
-    if made.architecture in ("topk", "abstopk"):
-        cfg |= {"k": made.k, "rescale_acts_by_decoder_norm": False}
-    return cfg
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,8 +144,9 @@ def _tensors(made: Dictionary) -> dict[str, Tensor]:
 
 
 def _folded(made: AnyDictionary) -> Dictionary:
-    if isinstance(made, CrossLayerTranscoder):
-        raise ConfigError("The decoder norms of a cross-layer transcoder cannot be folded: a latent has several rows")
+    if not isinstance(made, Dictionary):
+        why = "attention reads its codes" if isinstance(made, TemporalDictionary) else "a latent has several rows"
+        raise ConfigError(f"The decoder norms of this dictionary cannot be folded: {why}", got=made.architecture)
     norms = made.W_dec.norm(dim=1)
     if not made.activation.at_once and torch.allclose(norms, torch.ones_like(norms)):
         return made  # a rounding error between encoder and decoder would make it another kind than SAELens's

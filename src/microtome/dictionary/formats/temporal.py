@@ -1,0 +1,195 @@
+"""Temporal dictionaries, as SAELens saves them and as their authors released them.
+
+SAELens's cfg.json and safetensors are read by `saelens.py`, which leaves the rest to `build_temporal`. The release has for
+each layer a folder with `conf.yaml` and `latest_ckpt.safetensors`, where W_dec, W_enc and b_dec are called D, E and b. The
+encoder's product is divided by 4 d_in; where `tied_weights` says so W_enc is W_decᵀ, and b_dec is in the output only if it is
+taken from the input. Source: SAELens 6.54, `temporal_sae.py` and its loader of huggingface.co/canrager/temporalSAEs.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from torch import Tensor
+
+from microtome.common.errors import ArtifactError
+from microtome.dictionary.activation import ReLU, TopK
+from microtome.dictionary.dictionary import InputNorm, Origin
+from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
+from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
+from microtome.dictionary.formats.values import damaged, flag, is_number, table, text, whole
+from microtome.dictionary.temporal import CodeAttention, TemporalDictionary
+
+NAME, CONF, WEIGHTS = "temporal", "conf.yaml", "latest_ckpt.safetensors"
+_OURS = {"D": "W_dec", "E": "W_enc", "b": "b_dec"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemporalCfg:
+    """What a config says of a temporal dictionary alone; `k` None is a ReLU."""
+
+    n_heads: int
+    n_layers: int
+    bottleneck: int
+    k: int | None
+    tied: bool
+    factor: float
+    """What the activations are multiplied by, where their normalisation is `constant_scalar_rescale`."""
+
+
+def read_temporal(file: Path, said: Mapping[str, Any], factor: str = "activation_normalization_factor") -> TemporalCfg:
+    """The keys of a temporal dictionary, with SAELens's defaults for those that are not there. Raises ArtifactError for
+    values that cannot be."""
+    cfg = {"n_heads": 8, "n_attn_layers": 1, "bottleneck_factor": 64, "sae_diff_type": "topk", factor: 1.0, **said}
+    if cfg["sae_diff_type"] not in ("relu", "topk"):
+        raise damaged(file, "sae_diff_type", cfg["sae_diff_type"], "relu or topk")
+    if not is_number(cfg[factor]) or not 0 < cfg[factor] < float("inf"):
+        raise damaged(file, factor, cfg[factor], "a positive number")
+    chooses = cfg["sae_diff_type"] == "topk" and cfg.get("kval_topk") is not None
+    return TemporalCfg(
+        n_heads=whole(file, cfg, "n_heads"),
+        n_layers=whole(file, cfg, "n_attn_layers"),
+        bottleneck=whole(file, cfg, "bottleneck_factor"),
+        k=whole(file, cfg, "kval_topk") if chooses else None,
+        tied=flag(file, cfg, "tied_weights", missing=True),
+        factor=float(cfg[factor]),
+    )
+
+
+def build_temporal(  # noqa: PLR0913 – what a config says beside the keys of this kind alone
+    where: Path,
+    origin: Origin,
+    file: TensorFile,
+    cfg: TemporalCfg,
+    *,
+    d_in: int,
+    d_sae: int,
+    center: bool,
+    scale: float = 1.0,
+    input_norm: InputNorm = "none",
+) -> TemporalDictionary:
+    """The dictionary of tensors called as SAELens calls them, for activations that were multiplied by `scale` in training
+    and are not in use. Raises ArtifactError for tensors that do not fit."""
+    if d_sae % (cfg.n_heads * cfg.bottleneck):
+        raise ArtifactError(
+            f"The attention of the dictionary at {where} cannot be",
+            got=f"d_sae {d_sae}, {cfg.n_heads} heads, bottleneck_factor {cfg.bottleneck}",
+            expected="d_sae a multiple of their product",
+        )
+    W_dec, b_dec = file.take("W_dec", d_sae, d_in), file.take("b_dec", d_in)
+    W_enc = W_dec.T if cfg.tied else file.take("W_enc", d_in, d_sae)
+    novel = build(
+        where,
+        origin,
+        ReLU() if cfg.k is None else TopK(cfg.k),
+        Weights(
+            W_enc=W_enc * (scale / (4 * d_in)),
+            W_dec=W_dec / scale,
+            b_dec=b_dec / scale if center or not cfg.tied else None,
+        ),
+        center=center,
+        input_norm=input_norm,
+    )
+    layers = [_attention(file, f"attn_layers.{i}.", cfg, d_sae) for i in range(cfg.n_layers)]
+    made = TemporalDictionary(novel, layers, scale=scale)
+    made.path = where
+    return made
+
+
+def _attention(file: TensorFile, start: str, cfg: TemporalCfg, d_sae: int) -> CodeAttention:
+    made = CodeAttention(d_sae, cfg.n_heads, d_sae // cfg.bottleneck)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(file.take(f"{start}{name}", *parameter.shape))
+    return made
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------------
+
+
+def cfg_of_temporal(made: TemporalDictionary) -> dict[str, Any]:
+    """The keys of SAELens's cfg.json that are of this kind alone."""
+    attention = made.layers[0]
+    return {
+        "architecture": made.architecture,
+        "n_heads": attention.n_heads,
+        "n_attn_layers": len(made.layers),
+        "bottleneck_factor": made.d_sae // attention.d_attn,
+        "sae_diff_type": "relu" if made.k is None else "topk",
+        "kval_topk": made.k,
+        "tied_weights": False,
+        "normalize_activations": made.input_norm if made.scale == 1 else "constant_scalar_rescale",
+        "activation_normalization_factor": made.scale,
+    }
+
+
+def tensors_of_temporal(made: TemporalDictionary) -> dict[str, Tensor]:
+    """The tensors beside it, with the scale taken out of the weights."""
+    tensors = {
+        "W_enc": made.novel.W_enc * (4 * made.d_in / made.scale),
+        "W_dec": made.W_dec * made.scale,
+        "b_dec": made.b_dec * made.scale,
+    }
+    return tensors | {f"attn_layers.{name}": tensor for name, tensor in made.attention.named_parameters()}
+
+
+# ---- the release --------------------------------------------------------------------------------------------------------------
+
+
+def detect(folder: Path) -> bool:
+    """Both files of the release."""
+    return (folder / CONF).is_file() and (folder / WEIGHTS).is_file()
+
+
+def read(folder: Path, hints: Hints) -> Reading:
+    """A dictionary as its authors released it."""
+    conf = folder / CONF
+    try:
+        said = yaml.safe_load(conf.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{conf} is damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(said, dict):
+        raise ArtifactError(f"{conf} is damaged", got=type(said).__name__, expected="keys and values")
+    sae, llm = table(conf, said, "sae"), table(conf, said, "llm")
+    cfg, d_in, expansion = read_temporal(conf, sae, "scaling_factor"), whole(conf, llm, "dimin"), sae.get("exp_factor")
+    if not is_number(expansion) or not 0 < expansion < float("inf") or int(d_in * expansion) == 0:
+        raise damaged(conf, "exp_factor", expansion, "a positive number")
+    tensors = {_OURS.get(name, name): tensor for name, tensor in read_safetensors(folder / WEIGHTS).items()}
+    file = TensorFile(folder / WEIGHTS, tensors, CONF)
+    made = build_temporal(
+        folder,
+        hints.applied(Origin(model_name=UNKNOWN, inputs=(_hook(folder),), dataset=text(said, "dataset"))),
+        file,
+        cfg,
+        d_in=d_in,
+        d_sae=int(d_in * expansion),
+        center=True,
+        scale=cfg.factor,
+    )
+    if cfg.tied:
+        file.skip("W_enc")
+    return Reading(dictionary=made, format=NAME, notes=(*notes_of(made), *leftover(file.left)))
+
+
+def notes_of(made: TemporalDictionary) -> list[str]:
+    """What a user should know."""
+    notes = ["temporal: its codes depend on the tokens before, BOS among them, so it reads whole sequences"]
+    if made.scale != 1:
+        notes.append(f"trained on activations times {made.scale:.6g}, which was folded into the weights")
+    return notes
+
+
+def _hook(folder: Path) -> str:
+    """The stream behind the block that the nearest folder called `layer_N` names."""
+    for each in (folder.absolute(), *folder.absolute().parents):
+        match = re.fullmatch(r"layer_(\d+)", each.name)
+        if match:
+            return f"blocks.{match[1]}.hook_resid_post"
+    return UNKNOWN
+
+
+FORMAT = Format(name=NAME, looks=f"{CONF} and {WEIGHTS} of a temporal dictionary", detect=detect, read=read)

@@ -24,7 +24,7 @@ POINTS = (
     "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "hook_q_input", "hook_k_input",
     "hook_mlp_in", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_z",
     "attn.hook_pattern",
-    "mlp.hook_post", "ln1.hook_normalized",
+    "mlp.hook_post", "ln1.hook_normalized", "attn.hook_in", "mlp.hook_in",
 )  # fmt: skip
 EVERYWHERE = ("hook_resid_pre", "hook_resid_post", "attn.hook_z")
 PADDED = (

@@ -79,6 +79,9 @@ def test_releases_whose_dictionaries_are_files(cache: Path) -> None:
         made = load_dictionary(f"mwhanna-qwen3-4b-transcoders/{id_}")
         assert (made.model_name, made.hook_name) == ("Qwen/Qwen3-4B", "blocks.1.ln2.hook_normalized")
     assert made.fingerprint == load_dictionary(FIXTURES / "circuit_tracer/relu/layer_1.safetensors").fingerprint
+    put(cache, "mwhanna/qwen3-14b-transcoders", "", "circuit_tracer/relu", "layer_0.safetensors")
+    made = load_dictionary("mwhanna-qwen3-14b-transcoders/layer_0")  # whose repository has no config.yaml
+    assert (made.model_name, made.hook_name) == ("Qwen/Qwen3-14B", "blocks.0.mlp.hook_in")
 
 
 def test_what_is_not_there(cache: Path) -> None:

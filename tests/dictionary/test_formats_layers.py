@@ -46,9 +46,26 @@ def test_what_the_files_of_a_layer_do_not_say(tmp_path: Path) -> None:
     made = read_dictionary(tmp_path / "layer_1.safetensors", hints=hints).dictionary
     assert (made.origin.inputs, made.origin.outputs) == (("blocks.1.hook_resid_mid",), ("blocks.1.hook_mlp_out",))
     (tmp_path / "config.yaml").write_text("model_name: Qwen/Qwen3-4B\nfeature_input_hook: mlp.hook_in\n")
-    missing, behind = read_dictionary(tmp_path).notes
+    [missing] = read_dictionary(tmp_path).notes
     assert missing == "config.yaml does not name both hook points: give hook_name, hook_name_out and model_name"
-    assert behind.startswith("it reads mlp.hook_in, behind the norm's weight")
+
+
+QWEN3 = "model_name: Qwen/Qwen3-4B\nfeature_input_hook: mlp.hook_in\nfeature_output_hook: mlp.hook_out\n"
+
+
+def test_the_points_of_the_releases_for_qwen_3(tmp_path: Path) -> None:
+    """As their config names them; the largest has none, and SAELens takes its points to be the others'."""
+    for name, config in (("qwen3-4b-transcoders", QWEN3), ("qwen3-14b-transcoders", None)):
+        folder = tmp_path / f"models--mwhanna--{name}"
+        folder.mkdir()
+        shutil.copy(SKIP / "layer_1.safetensors", folder)
+        if config:
+            (folder / "config.yaml").write_text(config)
+        reading = read_dictionary(folder)
+        origin = reading.dictionary.origin
+        assert (origin.inputs, origin.outputs) == (("blocks.1.mlp.hook_in",), ("blocks.1.hook_mlp_out",))
+        assert origin.model_name == f"Qwen/Qwen3-{'4' if config else '14'}B"
+        assert [note.partition(":")[0] for note in reading.notes] == ([] if config else ["config.yaml is not there"])
 
 
 @pytest.mark.parametrize(

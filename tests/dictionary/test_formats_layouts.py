@@ -22,7 +22,7 @@ from microtome.dictionary import (
     load_dictionary,
     save_dictionary,
 )
-from microtome.dictionary.formats import read_dictionary
+from microtome.dictionary.formats import Hints, read_dictionary
 
 D, F, K, H = 6, 10, 2, 3
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -248,6 +248,14 @@ def test_origins(name: str, model: str, reads: str, writes: str | None) -> None:
     assert (made.model_name, made.hook_name) == (model, reads)
     assert made.origin.outputs == (writes or reads,)
     assert made.is_transcoder == (writes is not None)
+
+
+@pytest.mark.parametrize("model", ["google/gemma-2-2b", "allenai/OLMo-2-0425-1B", "tiny"])
+def test_a_module_with_a_norm_behind_it(model: str) -> None:
+    """sparsify writes a module's own output, which is not what such a block adds to the stream."""
+    for name, is_part in (("layers.3.mlp", True), ("layers.3", False)):
+        notes = read_dictionary(FIXTURES / "sparsify" / name, hints=Hints(model_name=model)).notes
+        assert any("before the norm" in note for note in notes) == (is_part and model != "tiny")
 
 
 def test_the_embedding_of_gemma_scope(tmp_path: Path) -> None:

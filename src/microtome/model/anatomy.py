@@ -84,10 +84,17 @@ class _Block:
             yield from self._mlp()
         yield _whole(self.name("hook_resid_post"), self.path)
 
+    def _reads(self, point: str, module: str, *, flat: bool = False) -> tuple[Station, list[HookName]]:
+        """What attention or the MLP reads: behind the norm and what it learned, where there is one. Changed for this reader
+        alone: the norm may be shared with the other, and without a norm this is the stream itself."""
+        name = self.name(point)
+        return ModuleStation(self.at(module), "input", ((name, Whole()),), own=True, flat=flat), [name]
+
     # ---- attention --------------------------------------------------------------------------------------------------
 
     def _attention(self) -> Found:
         spec, config = self.spec, self.config
+        yield self._reads("attn.hook_in", spec.attn)
         yield from self._head_inputs()
         yield from self._projections(("q", "attn.hook_q"), ("k", "attn.hook_k"), ("v", "attn.hook_v"))
         parts = {"scores": self.name("attn.hook_attn_scores"), "pattern": self.name("attn.hook_pattern")}
@@ -152,14 +159,13 @@ class _Block:
         if reader:
             yield ModuleStation(self.at(reader), "input", ((mlp_in, Whole()),), own=True, flat=self.flat_mlp), [mlp_in]
         elif spec.parallel and spec.ln1 and isinstance(spec.mlp, Dense | Gated):
-            up = self.at(spec.mlp.gate if isinstance(spec.mlp, Gated) else spec.mlp.up)
-            mlp = up.rsplit(".", 1)[0]
-            yield SharedNormInputStation(self.path, self.at(spec.ln1), mlp, mlp_in), [mlp_in]
+            yield SharedNormInputStation(self.path, self.at(spec.ln1), self.at(spec.mlp.module), mlp_in), [mlp_in]
 
     # ---- MLP --------------------------------------------------------------------------------------------------------
 
     def _mlp(self) -> Found:
         mlp, out = self.spec.mlp, self.name("hook_mlp_out")
+        yield self._reads("mlp.hook_in", mlp.module, flat=self.flat_mlp)
         if isinstance(mlp, Experts):
             yield from self._experts(mlp)
             yield _whole(out, self.at(self.spec.ln2_post or mlp.module))

@@ -15,7 +15,7 @@ from microtome.common.artifacts import atomic_file, draft, read_head
 from microtome.common.errors import ArtifactError, InputError, ModelError, unknown_name
 from microtome.model.capture import head_axis, select
 from microtome.model.decomposition import Decomposition, ResidualStream
-from microtome.model.names import KV_HEADS, PATTERN, HookName, canonical
+from microtome.model.names import ALIASES, KV_HEADS, PATTERN, HookName, canonical
 from microtome.model.specs import Gated
 from microtome.model.weights import Weights
 
@@ -63,7 +63,8 @@ class ActivationCache(Mapping[str, Tensor]):
         if isinstance(key, tuple):
             point, layer, *part = key
             prefix = f"blocks.{layer}."
-            forms = (f"{part[0]}.hook_", f"{part[0]}.") if part else ("", "hook_", "attn.hook_", "mlp.hook_")
+            of_block = ("hook_",) if f"hook_{point}" in ALIASES else ("", "hook_", "attn.hook_", "mlp.hook_")
+            forms = (f"{part[0]}.hook_", f"{part[0]}.") if part else of_block  # ("in", 5) is never the MLP's
             return [self._canonical(f"{prefix}{form}{point}") for form in forms]
         text = str(key)
         return [self._canonical(text), f"hook_{text}", f"ln_final.hook_{text}"]

@@ -58,6 +58,11 @@ class Dense:
     norm: str | None = None
     flat: bool = False
 
+    @property
+    def module(self) -> str:
+        """Where its input goes in."""
+        return _around(self.up)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gated:
@@ -67,6 +72,11 @@ class Gated:
     up: str | None
     down: str
     flat: bool = False
+
+    @property
+    def module(self) -> str:
+        """Where its input goes in."""
+        return _around(self.gate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +160,11 @@ class FamilySpec:
             n_experts=_first(hf, "num_local_experts") or 0,
             top_k=(_first(hf, "num_experts_per_tok") or 0) if _first(hf, "num_local_experts") else 0,
         )
+
+
+def _around(first: str) -> str:
+    """The module that the MLP's input goes into: that around its first map, or this itself where it stands alone (OPT)."""
+    return first.rpartition(".")[0] or first
 
 
 def _n_kv_heads(hf: "PretrainedConfig") -> int:

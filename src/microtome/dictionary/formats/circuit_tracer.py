@@ -3,7 +3,9 @@
 `W_enc` [F, d], `W_dec` [F, d], `b_enc`, `b_dec`, for JumpReLU `activation_function.threshold` [F], and with a skip path
 `W_skip` [d, d], of which x W_skipᵀ is added. `config.yaml` beside them names the model and the points of a block, and where
 it has a list `transcoders`, as in `mntss/gemma-scope-transcoders`, each layer's file, wherever that is. Read from circuit-tracer
-0.5.0 (`single_layer_transcoder.py`, `hf_utils.py`).
+0.5.0 (`single_layer_transcoder.py`, `hf_utils.py`). Its models are not folded (`fold_ln=False`): `mlp.hook_in` is behind the
+norm's weight and `ln2.hook_normalized` before it (`utils/tl_nnsight_mapping.py`). The releases for Qwen 3 read the first; the
+largest of them has no config, and SAELens takes its points to be the others'.
 """
 
 import re
@@ -13,7 +15,7 @@ from pathlib import Path
 from microtome.common.errors import ArtifactError
 from microtome.dictionary.activation import Activation, JumpReLU, ReLU
 from microtome.dictionary.dictionary import Origin
-from microtome.dictionary.formats.hooks import hub_model
+from microtome.dictionary.formats.hooks import hub_model, in_block
 from microtome.dictionary.formats.mntss import CONFIG, flat_yaml, yaml_list
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover, only_file
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
@@ -21,7 +23,8 @@ from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
 NAME = "circuit_tracer"
 FILE = re.compile(r"layer_(\d+)\.safetensors")
 _THRESHOLD = "activation_function.threshold"
-_BEFORE_MLP = "mlp.hook_in"  # behind the norm's weight
+_QWEN3 = re.compile(r"qwen3-([\d.]+)b-transcoders")
+_QWEN3_POINTS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
 
 
 def detect(path: Path) -> bool:
@@ -126,18 +129,18 @@ def _activation(file: TensorFile, d_sae: int) -> Activation:
 def _origin(folder: Path, layer: str) -> tuple[Origin, list[str]]:
     """From config.yaml, which is kept beside the layers."""
     said = flat_yaml(folder / CONFIG)
-    reads, writes = said.get("feature_input_hook"), said.get("feature_output_hook")
     notes = []
+    release = None if said else _QWEN3.search(folder.as_posix())
+    if release:
+        said = {"model_name": f"Qwen/Qwen3-{release[1]}B", **_QWEN3_POINTS}
+        notes.append(f"{CONFIG} is not there: model and points are taken to be those of the other releases for Qwen 3")
+    reads, writes = said.get("feature_input_hook"), said.get("feature_output_hook")
     if reads is None or writes is None:
         missing = "does not name both hook points" if said else "is not there"
         notes.append(f"{CONFIG} {missing}: give hook_name, hook_name_out and model_name")
-    if reads == _BEFORE_MLP:
-        notes.append(
-            f"it reads {reads}, behind the norm's weight: Microtome's ln2.hook_normalized is before that weight"
-        )
     origin = Origin(
         model_name=hub_model(said.get("model_name", UNKNOWN)),
-        inputs=(f"blocks.{layer}.{reads}" if reads else UNKNOWN,),
-        outputs=(f"blocks.{layer}.{writes}" if writes else f"{UNKNOWN} output",),
+        inputs=(in_block(layer, reads) if reads else UNKNOWN,),
+        outputs=(in_block(layer, writes) if writes else f"{UNKNOWN} output",),
     )
     return origin, notes

@@ -2,7 +2,9 @@
 
 The file says neither model nor point; both are read from the path, which on the hub is
 `google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`. Autoencoders of `att` read the heads' outputs one behind
-the other. Transcoders read `ln2.hook_normalized` and write `hook_mlp_out`. Source: Lieberum et al. 2024, arXiv 2408.05147.
+the other. Transcoders read `ln2.hook_normalized` and write `hook_mlp_out`: the norm's weight was folded into the MLP first, so
+they read what the norm gives before its weight. Source: Lieberum et al. 2024, arXiv 2408.05147, appendix "Language model technical
+details", and the model card of `google/gemma-scope-2b-pt-transcoders`.
 """
 
 import re

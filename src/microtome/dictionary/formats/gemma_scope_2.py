@@ -39,7 +39,7 @@ CONFIG, WEIGHTS, LAYER, NAME = "config.json", "params.safetensors", "params_laye
 KINDS = ("sae", "transcoder", "crosscoder", "clt")
 _SKIP = "affine_skip_connection"
 _MODULE = re.compile(r"^(?:model\.)?(?:language_model\.)?layers\.(\d+|\{[\d,\s]+\}|\{all\})\.(.+)$")
-# Points of Hugging Face's Gemma 3, as its config names them. Microtome has none for what a norm gives after its weight.
+# Points of Hugging Face's Gemma 3, as its config names them.
 _POINTS = {
     "output": "hook_resid_post",
     "self_attn.o_proj.input": "attn.hook_z",
@@ -177,11 +177,6 @@ def _origin(folder: Path, config: dict[str, Any], layers: int | None, hints: Hin
     model = _model(folder, config)
     reads = _points(config.get("hf_hook_point_in"), layers)
     writes = _points(said, layers) if said is not None or across else reads
-    if reads and reads[0].endswith("mlp.hook_in"):
-        notes.append(
-            "reads what the norm before the MLP gives after its weight, which is no hook point of Microtome; its nearest is "
-            "ln2.hook_normalized, before the weight"
-        )
     if not reads or len(reads) != len(writes):
         reads = (UNKNOWN,) * (layers or 1)
         writes = tuple(f"{UNKNOWN} output" for _ in reads) if across else reads

@@ -4,6 +4,7 @@ TransformerLens's short names of models."""
 import re
 
 from microtome.dictionary.formats.reading import UNKNOWN
+from microtome.model.names import canonical
 
 _MODULE = re.compile(r"(?:^|.*\.)(?:layers|h|blocks)[._](\d+)(?:[._](.+))?$")
 _PARTS = {
@@ -54,12 +55,17 @@ def of_module(name: str) -> str:
 
 
 def into_module(name: str) -> str:
-    """The same for a module's input, as TransformerLens's bridge calls it; Microtome has no such point inside a block."""
+    """The same for a module's input: `layers.5.mlp` → `blocks.5.mlp.hook_in`, `h.3` → `blocks.3.hook_resid_pre`."""
     match = _MODULE.match(name)
     if not match or match[2] not in _PARTS:
         return UNKNOWN
     part = {"hook_mlp_out": "mlp.hook_in", "hook_attn_out": "attn.hook_in"}
     return f"blocks.{match[1]}.{part.get(_PARTS[match[2]], 'hook_resid_pre')}"
+
+
+def in_block(layer: int | str, point: str) -> str:
+    """A point of a block as circuit-tracer's configs call it: `mlp.hook_out` is what the MLP adds to the stream."""
+    return canonical(f"blocks.{layer}.{point}", gated=True)
 
 
 def of_submodule(name: object, layer: object) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from microtome.common.errors import ArtifactError
 from microtome.dictionary.activation import JumpReLU, ReLU
 from microtome.dictionary.dictionary import Origin
-from microtome.dictionary.formats.hooks import hub_model
+from microtome.dictionary.formats.hooks import hub_model, in_block
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, build_cross_layer, leftover
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
 
@@ -59,12 +59,12 @@ def read(folder: Path, hints: Hints) -> Reading:
     said = flat_yaml(folder / CONFIG)
     none = f"no {CONFIG}: the points are taken to be {READS} and {WRITES}"
     notes = [] if (folder / CONFIG).is_file() else [none]
+    reads = hints.hook_name or said.get("feature_input_hook", READS)
+    writes = hints.hook_name_out or said.get("feature_output_hook", WRITES)
     origin = Origin(
         model_name=hints.model_name or hub_model(said.get("model_name", UNKNOWN)),
-        inputs=tuple(f"blocks.{i}.{hints.hook_name or said.get('feature_input_hook', READS)}" for i in range(layers)),
-        outputs=tuple(
-            f"blocks.{i}.{hints.hook_name_out or said.get('feature_output_hook', WRITES)}" for i in range(layers)
-        ),
+        inputs=tuple(in_block(i, reads) for i in range(layers)),
+        outputs=tuple(in_block(i, writes) for i in range(layers)),
     )
     made = build_cross_layer(folder, origin, JumpReLU(torch.cat(thresholds)) if thresholds else ReLU(), weights)
     for file in files:

@@ -18,6 +18,7 @@ from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
 from microtome.dictionary.formats.values import whole
 
 CFG, WEIGHTS, RUN, NAME = "cfg.json", "sae.safetensors", "config.json", "sparsify"
+_NORM_BEHIND = re.compile(r"gemma-?[23]|olmo-?[23]", re.IGNORECASE)
 
 
 def detect(folder: Path) -> bool:
@@ -40,10 +41,10 @@ def read(folder: Path, hints: Hints) -> Reading:
     origin = _origin(module, transcode)
     if UNKNOWN in (*origin.inputs, *origin.outputs) and hints.hook_name is None:
         notes.append(f"the folder's name, {module.name!r}, is no module of a model: give hook_name")
-    if transcode and hints.hook_name is None:
+    name = origin.outputs[0].rpartition(".")[2]
+    if _NORM_BEHIND.search(hints.model_name or origin.model_name) and name in ("hook_mlp_out", "hook_attn_out"):
         notes.append(
-            "reads the input of a module (after the norm and its weight), which is no hook point of Microtome; its nearest is "
-            "ln2.hook_normalized, before the weight"
+            f"its output is the module's own, before the norm that this model has behind it; {name} is after it"
         )
     skip = file.take("W_skip", d_in, d_in) if cfg.get("skip_connection") else None
     file.refuse("W_skip")

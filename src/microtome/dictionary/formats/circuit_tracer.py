@@ -16,9 +16,10 @@ from microtome.common.errors import ArtifactError
 from microtome.dictionary.activation import Activation, JumpReLU, ReLU
 from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model, in_block
-from microtome.dictionary.formats.mntss import CONFIG, flat_yaml, yaml_list
+from microtome.dictionary.formats.mntss import CONFIG
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover, only_file
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
+from microtome.dictionary.formats.values import damaged, read_yaml, texts_of
 
 NAME = "circuit_tracer"
 FILE = re.compile(r"layer_(\d+)\.safetensors")
@@ -75,17 +76,20 @@ def listed(folder: Path) -> list[Listed]:
     """The transcoders of layers 0, 1, … that the folder's `config.yaml` names, in whatever format each is; none where it
     names none. Raises ArtifactError where they cannot be opened one by one."""
     file = folder / CONFIG
-    said, names = flat_yaml(file), yaml_list(file, "transcoders")
+    said, names = texts_of(file), read_yaml(file).get("transcoders") or []
+    if not isinstance(names, list):
+        raise damaged(file, "transcoders", names, "a list")
     if not names:
         return []
     if said.get("model_kind", "transcoder_set") != "transcoder_set":
         raise ArtifactError(
             f"{file} names the files of a dictionary that reads several layers",
             got=f"model_kind {said['model_kind']}",
-            fix=f"Open the folder of its files, {names[0].rpartition('/')[0]}, with load_cross_layer_transcoder",
+            fix=f"Open the folder of its files, {str(names[0]).rpartition('/')[0]}, with load_cross_layer_transcoder",
         )
     odd = next(
-        (name for name in names if ": " in name or (not name.startswith("hf://") and not _there(folder, name))), None
+        (name for name in names if not isinstance(name, str) or not (name.startswith("hf://") or _there(folder, name))),
+        None,
     )
     if odd is not None:
         raise ArtifactError(
@@ -100,8 +104,8 @@ def listed(folder: Path) -> list[Listed]:
             name=name if name.startswith("hf://") else str(_there(folder, name)),
             hints=Hints(
                 model_name=hub_model(said["model_name"]) if "model_name" in said else None,
-                hook_name=f"blocks.{layer}.{reads}" if reads else None,
-                hook_name_out=f"blocks.{layer}.{writes}" if writes else None,
+                hook_name=in_block(layer, reads) if reads else None,
+                hook_name_out=in_block(layer, writes) if writes else None,
             ),
         )
         for layer, name in enumerate(names)
@@ -128,7 +132,7 @@ def _activation(file: TensorFile, d_sae: int) -> Activation:
 
 def _origin(folder: Path, layer: str) -> tuple[Origin, list[str]]:
     """From config.yaml, which is kept beside the layers."""
-    said = flat_yaml(folder / CONFIG)
+    said = texts_of(folder / CONFIG)
     notes = []
     release = None if said else _QWEN3.search(folder.as_posix())
     if release:

@@ -6,7 +6,6 @@ names the model and the points of a block. Read from circuit-tracer 0.5.0 and, f
 (`cross_layer_transcoder.py`: `to_safetensors`, `compute_reconstruction`).
 """
 
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model, in_block
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, build_cross_layer, leftover
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
+from microtome.dictionary.formats.values import texts_of
 
 CONFIG, NAME = "config.yaml", "clt"
 READS, WRITES = "hook_resid_mid", "hook_mlp_out"  # circuit-tracer's defaults
@@ -56,7 +56,7 @@ def read(folder: Path, hints: Hints) -> Reading:
         weights[f"W_dec.{layer}"] = file.take(f"W_dec_{layer}", width, layers - layer, d_model)
     if skips:
         weights["W_skip"] = torch.stack(skips)
-    said = flat_yaml(folder / CONFIG)
+    said = texts_of(folder / CONFIG)
     none = f"no {CONFIG}: the points are taken to be {READS} and {WRITES}"
     notes = [] if (folder / CONFIG).is_file() else [none]
     reads = hints.hook_name or said.get("feature_input_hook", READS)
@@ -90,32 +90,3 @@ def _of_all(folder: Path, what: str, found: list[Tensor | None]) -> list[Tensor]
             f"Some layers at {folder} have {what} and others have none", got=f"{len(given)} of {len(found)} layers"
         )
     return given
-
-
-def flat_yaml(file: Path) -> dict[str, str]:
-    """The flat `key: value` lines of config.yaml, and nothing else of YAML; nothing of a file that is not there."""
-    pairs = [line.split("#")[0].partition(":") for line in _lines(file)]
-    said = {key.strip(): value.strip().strip("\"'") for key, _, value in pairs if not key.startswith((" ", "-"))}
-    return {key: value for key, value in said.items() if value}
-
-
-def yaml_list(file: Path, key: str) -> list[str]:
-    """The entries behind `key:` in config.yaml, each on a line of its own that begins with a dash, or all in brackets; none
-    where there is no such key."""
-    lines = [line.split(" #")[0].rstrip() for line in _lines(file) if not line.lstrip().startswith("#")]
-    start = next((i for i, line in enumerate(lines) if line.partition(":")[0] == key), None)
-    if start is None:
-        return []
-    inline = lines[start].partition(":")[2].strip()
-    block = takewhile(lambda line: not line or line.startswith((" ", "-")), lines[start + 1 :])
-    entries = inline.strip("[]").split(",") if inline else [line.strip().removeprefix("-") for line in block if line]
-    return [entry.strip().strip("\"'") for entry in entries if entry.strip()]
-
-
-def _lines(file: Path) -> list[str]:
-    if not file.is_file():
-        return []
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{file} is damaged: {error}") from error

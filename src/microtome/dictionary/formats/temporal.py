@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
 from microtome.common.errors import ArtifactError
@@ -21,7 +20,7 @@ from microtome.dictionary.activation import ReLU, TopK
 from microtome.dictionary.dictionary import InputNorm, Origin
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
-from microtome.dictionary.formats.values import damaged, flag, is_number, is_whole, table, text, whole
+from microtome.dictionary.formats.values import damaged, flag, is_number, is_whole, read_yaml, table, text, whole
 from microtome.dictionary.temporal import CodeAttention, TemporalDictionary
 
 NAME, CONF, WEIGHTS = "temporal", "conf.yaml", "latest_ckpt.safetensors"
@@ -172,12 +171,7 @@ def detect(folder: Path) -> bool:
 def read(folder: Path, hints: Hints) -> Reading:
     """A dictionary as its authors released it."""
     conf = folder / CONF
-    try:
-        said = yaml.safe_load(conf.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{conf} is damaged: {str(error).splitlines()[0]}") from error
-    if not isinstance(said, dict):
-        raise ArtifactError(f"{conf} is damaged", got=type(said).__name__, expected="keys and values")
+    said = read_yaml(conf)
     sae, llm, data = (table(conf, said, key) for key in ("sae", "llm", "data"))
     if hints.norm_scaling_factor is not None:
         sae["scaling_factor"] = hints.norm_scaling_factor

@@ -4,7 +4,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import yaml  # type: ignore[import-untyped]
+
 from microtome.common.errors import ArtifactError
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; none of a file that is not there. Raises ArtifactError for one that holds something
+    else, or code."""
+    if not file.is_file():
+        return {}
+    try:
+        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(said, dict | None):
+        raise ArtifactError(f"{file} is damaged", got=type(said).__name__, expected="keys and values")
+    return said or {}
+
+
+def texts_of(file: Path) -> dict[str, str]:
+    """The texts among them, by key."""
+    return {key: value for key, value in read_yaml(file).items() if isinstance(value, str) and value}
 
 
 def table(file: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:

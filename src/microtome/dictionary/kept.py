@@ -25,10 +25,10 @@ from microtome.dictionary.products import Transpose, sampled_products, starts_of
 from microtome.dictionary.selection import PreActivations, is_positive, kth_largest
 
 Entries = Float[Tensor, "..."]
-# Into how many pieces of rows a step on whole matrices goes. Each adds its share to the gradients of the weights: on a CPU two
-# take a tenth longer than one, and four a quarter.
-_PIECES = 4
+# Into how many pieces of rows a step on whole matrices goes. Each adds its share to the gradients of the weights.
+_PIECES, _PIECES_ON_GPU = 8, 4
 _FEW = 128  # rows
+_LATENTS = 512  # whose gradients are still in a CPU's cache
 
 
 @runtime_checkable
@@ -199,7 +199,7 @@ class DenseKept:
 
     def pieces(self) -> Iterator[tuple[slice, Kept]]:
         n = self.shape[1]
-        at_once = max(_FEW, -(-n // _PIECES))
+        at_once = max(_FEW, -(-n // (_PIECES_ON_GPU if self.pre.device.type == "cuda" else _PIECES)))
         for first in range(0, n, at_once):
             some = slice(first, first + at_once)
             yield some, DenseKept(self.pre.of_rows(some), None if self.mask is None else self.mask[:, some])
@@ -219,7 +219,7 @@ class DenseKept:
         return values
 
     def decode(self, values: Float[Tensor, "S n F"], W_dec: Float[Tensor, "S F d"]) -> Float[Tensor, "S n d"]:
-        decoded: Tensor = _DenseDecode.apply(self._masked(values), W_dec)  # type: ignore[no-untyped-call]
+        decoded: Tensor = _DenseDecode.apply(self._masked(values), W_dec, self.pre.cast(W_dec))  # type: ignore[no-untyped-call]
         return decoded
 
     def latent(self, numbers: Float[Tensor, "S F"]) -> Float[Tensor, "S 1 F"]:
@@ -269,9 +269,13 @@ def fires(values: Entries) -> Entries:
     return where_positive(values.new_ones(()).expand_as(values), values.detach())
 
 
-def where_positive(numbers: Entries, values: Entries) -> Entries:
-    """The numbers where `values` are positive, else 0 (without gradient): the backward of a ReLU, in one pass."""
-    chosen: Tensor = torch.ops.aten.threshold_backward(numbers, values, 0)
+def where_positive(numbers: Entries, values: Entries, *, out: Entries | None = None) -> Entries:
+    """The numbers where `values` are positive, else 0 (without gradient): the backward of a ReLU, in one pass. `out`, which may
+    be one of the two, takes the result."""
+    backward = torch.ops.aten.threshold_backward
+    chosen: Tensor = (
+        backward(numbers, values, 0) if out is None else backward.grad_input(numbers, values, 0, grad_input=out)
+    )
     return chosen
 
 
@@ -322,7 +326,7 @@ class _DensePreActivations(torch.autograd.Function):
         centred = x if b_dec is None else x - b_dec[:, None]
         ctx.save_for_backward(centred.to(kept.pre.dtype), encoder)
         ctx.subtracted = b_dec is not None
-        return kept.pre.whole.detach()
+        return kept.pre.take()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -333,11 +337,10 @@ class _DensePreActivations(torch.autograd.Function):
 
 
 class _DenseDecode(torch.autograd.Function):
-    """The decoder's product of whole matrices."""
+    """The decoder's product of whole matrices, given the decoder in their dtype too."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor) -> Tensor:
-        weight = W_dec.to(values.dtype)
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(values, weight, W_dec)
         return (values @ weight).float()
 
@@ -345,19 +348,21 @@ class _DenseDecode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, weight, W_dec = ctx.saved_tensors
         rows = grad.to(values.dtype)
-        return rows @ weight.mT, _weight_gradient(W_dec, values, rows) if ctx.needs_input_grad[1] else None
+        return rows @ weight.mT, _weight_gradient(W_dec, values, rows) if ctx.needs_input_grad[1] else None, None
 
 
 def _weight_gradient(
     weight: Float[Tensor, "S F d"], entries: Float[Tensor, "S n F"], rows: Float[Tensor, "s n d"]
 ) -> Float[Tensor, "S F d"] | None:
     """entriesᵀ · rows. Where the weight has a gradient of earlier rows, it is added to that at once: autograd would make it fp32
-    first."""
-    if weight.is_leaf and weight.grad is not None:
-        weight.grad.add_(entries.mT @ rows)
-        return None
-    # In bf16 on a CPU the transposed product is the quicker one.
-    return weight.new_empty(weight.shape).copy_((rows.mT @ entries).mT)
+    first. On a CPU it is done for some latents at a time: torch makes a sum of bf16 and fp32 from an fp32 copy of the one."""
+    found = weight.grad if weight.is_leaf else None
+    gradient = weight.new_empty(weight.shape) if found is None else found
+    at_once = weight.shape[1] if weight.is_cuda else _LATENTS
+    for part, some in zip(gradient.split(at_once, 1), entries.split(at_once, 2), strict=True):
+        product = some.mT @ rows
+        part.copy_(product) if found is None else part.add_(product)
+    return gradient if found is None else None
 
 
 def _to_b_dec(sums: Float[Tensor, "S F"], encoder: Float[Tensor, "S F d"]) -> Float[Tensor, "S d"]:

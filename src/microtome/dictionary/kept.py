@@ -284,19 +284,27 @@ class _PreActivations(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, b_dec: Tensor | None, encoder: Tensor, b_enc: Tensor, kept: SparseKept) -> Tensor:
-        members, n, _ = kept.shape
-        centred = x if b_dec is None else x - b_dec[:, None]
-        rows = centred.expand(members, n, -1).reshape(members * n, -1)
-        ctx.save_for_backward(rows, encoder)
-        ctx.kept, ctx.subtracted = kept, b_dec is not None
+        ctx.save_for_backward(x, b_dec, encoder)
+        ctx.kept = kept
+        rows = _centred_rows(x, b_dec, kept.shape)
         return sampled_products(kept.latents, kept.starts, rows, encoder.flatten(0, 1)).add_(kept.latent(b_enc))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, encoder = ctx.saved_tensors
+        x, b_dec, encoder = ctx.saved_tensors
+        rows = _centred_rows(x, b_dec, ctx.kept.shape)  # made again: quick, and a matrix less to hold until then
         grad_encoder = ctx.kept.transpose.times(grad, rows).view_as(encoder)
         sums = ctx.kept.transpose.sums(grad).view(encoder.shape[:2])
-        return None, _to_b_dec(sums, encoder) if ctx.subtracted else None, grad_encoder, sums, None
+        return None, None if b_dec is None else _to_b_dec(sums, encoder), grad_encoder, sums, None
+
+
+def _centred_rows(
+    x: Float[Tensor, "s n d"], b_dec: Float[Tensor, "S d"] | None, shape: tuple[int, int, int]
+) -> Float[Tensor, "rows d"]:
+    """x − b_dec of every member, one below the other."""
+    members, n, _ = shape
+    centred = x if b_dec is None else x - b_dec[:, None]
+    return centred.expand(members, n, -1).reshape(members * n, -1)
 
 
 class _Decode(torch.autograd.Function):

@@ -25,7 +25,8 @@ from microtome.dictionary.products import Transpose, sampled_products, starts_of
 from microtome.dictionary.selection import PreActivations, is_positive, kth_largest
 
 Entries = Float[Tensor, "..."]
-# Into how many pieces of rows a step on whole matrices goes. Each adds its share to the gradients of the weights.
+# Into how many pieces of rows a step on whole matrices goes. Each adds its share to the gradients of the weights:
+# on a CPU ReLU takes up to a seventh longer in eight than in four, and holds a tenth less memory.
 _PIECES, _PIECES_ON_GPU = 8, 4
 _FEW = 128  # rows
 _LATENTS = 512  # whose gradients are still in a CPU's cache

@@ -1,5 +1,7 @@
 """The shuffled stream: every row once an epoch, mixed, bounded, seeded, resumed exactly; from a store and from the model."""
 
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -91,6 +93,20 @@ def test_skipping_is_exact_and_reads_only_the_buffer(n: int) -> None:
     resumed.skip(n)
     assert sum(source.reads.values()) <= 24
     assert numbers(resumed, 50) == expected
+
+
+def test_a_stream_that_nobody_holds_is_freed_at_once() -> None:
+    """Its buffer can be the largest thing in a process, and would else wait for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        stream = ActivationStream(CountingSource(SIZES), StreamConfig(batch_size=16))
+        next(stream)
+        gone = weakref.ref(stream)
+        del stream
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_block_is_read_about_once_an_epoch() -> None:

@@ -157,9 +157,10 @@ def assert_close(found: Tensor, expected: Tensor, name: str) -> None:
 
 
 def products_of(kind: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The products of a step; "pieces" are dense ones, some rows at a time."""
+    """The products of a step; "pieces" are dense ones, some rows at a time, and the gradients some latents at a time."""
     if kind == "pieces":
         monkeypatch.setattr(kept, "_FEW", N // 4)
+        monkeypatch.setattr(kept, "_LATENTS", 3)
     return "dense" if kind == "pieces" else kind
 
 

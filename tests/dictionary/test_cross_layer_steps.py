@@ -121,8 +121,9 @@ def plain_loss(stack: Stack, x: Tensor, y: Tensor, dead: Tensor | None) -> Tenso
 def test_a_step_leaves_the_gradients_of_plain_loops(
     name: str, with_dead: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kind == "pieces":  # dense products, some rows at a time
+    if kind == "pieces":  # dense products, some rows at a time, and the gradients some latents at a time
         monkeypatch.setattr("microtome.dictionary.kept._FEW", N // 4)
+        monkeypatch.setattr("microtome.dictionary.kept._LATENTS", 2)
     stack, x, y = make(CONFIGS[name], "sparse" if kind == "sparse" else "dense"), rows(1), rows(2)
     dead = torch.arange(F).expand(L, F) < torch.tensor([[2], [0], [9]]) if with_dead else None
     stack.zero_grad()

@@ -8,6 +8,7 @@
    reads just the rows that the buffer holds at that moment: resuming is exact and quick.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ class ActivationStream:
         wanted = self.config.buffer_size or min(most, max(self.n_rows, 2 * batch))
         self.buffer_size = max(wanted // (2 * batch), 1) * 2 * batch
         self._first_row = np.concatenate([[0], np.cumsum(source.block_rows)])
-        self._order = self._row_order()
+        self._order = _row_order(self._first_row, self.config.seed)
         self._left_over = np.empty(0, dtype=np.int64)  # rows of the order that did not fit into the last refill
         self._held = np.empty(self.buffer_size, dtype=np.int64)  # the number of the row in each place
         self._free = np.arange(self.buffer_size)
@@ -92,17 +93,6 @@ class ActivationStream:
             self._pending.pop(0)
         if n_batches:
             self._load(np.arange(self.buffer_size))
-
-    def _row_order(self) -> Iterator[Int[np.ndarray, " row"]]:
-        """Row numbers in the order in which they enter the buffer, a block at a time, for ever."""
-        epoch = 0
-        while True:
-            order = np.random.default_rng(derive_seed(self.config.seed, "blocks", epoch)).permutation(
-                self.source.n_blocks
-            )
-            for block in order:
-                yield np.arange(self._first_row[block], self._first_row[block + 1])
-            epoch += 1
 
     def _refill(self) -> Int[np.ndarray, " place"]:
         """Give the free places new row numbers and plan the batches of half the buffer; returns the places that
@@ -155,3 +145,11 @@ class ActivationStream:
                 fix="Read them in bf16 or fp32",
             )
         return data
+
+
+def _row_order(first_row: Int[np.ndarray, " block_and_one"], seed: int) -> Iterator[Int[np.ndarray, " row"]]:
+    """Row numbers in the order in which they enter the buffer, a block at a time, for ever."""
+    for epoch in itertools.count():
+        order = np.random.default_rng(derive_seed(seed, "blocks", epoch)).permutation(len(first_row) - 1)
+        for block in order:
+            yield np.arange(first_row[block], first_row[block + 1])

@@ -108,14 +108,15 @@ class JumpReLU(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth = bandwidth
-        return where_positive(z, z - threshold)
+        excess = z - threshold
+        return where_positive(z, excess, out=excess)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, threshold = ctx.saved_tensors
         excess = z - threshold
         by_threshold = _where_near(grad, excess, ctx.bandwidth).sum_to_size(threshold.shape)
-        return where_positive(grad, excess), by_threshold * (-threshold / ctx.bandwidth), None
+        return where_positive(grad, excess, out=excess), by_threshold * (-threshold / ctx.bandwidth), None
 
 
 class Heaviside(torch.autograd.Function):

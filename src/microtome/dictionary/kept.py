@@ -25,10 +25,11 @@ from microtome.dictionary.products import Transpose, sampled_products, starts_of
 from microtome.dictionary.selection import PreActivations, is_positive, kth_largest
 
 Entries = Float[Tensor, "..."]
-# Into how many pieces of rows a step on whole matrices goes. Each adds its share to the gradients of the weights: on a CPU two
-# take a tenth longer than one, and four a quarter.
-_PIECES = 4
+# Into how many pieces of rows a step on whole matrices goes. Each adds its share to the gradients of the weights:
+# on a CPU ReLU takes up to a seventh longer in eight than in four, and holds a tenth less memory.
+_PIECES, _PIECES_ON_GPU = 8, 4
 _FEW = 128  # rows
+_LATENTS = 512  # whose gradients are still in a CPU's cache
 
 
 @runtime_checkable
@@ -81,12 +82,17 @@ class Kept(Protocol):
 
 class SparseKept:
     """Entries in the order of their rows: `latents` `[m]` numbers latents through the stack (member · F + latent),
-    `starts` `[S·n + 1]` says where each row's entries begin."""
+    `starts` `[S·n + 1]` says where each row's entries begin; `of` are each member's latents among which they are, if not
+    all."""
 
     def __init__(
-        self, latents: Int[Tensor, " m"], starts: Int[Tensor, " rows_and_one"], shape: tuple[int, int, int]
+        self,
+        latents: Int[Tensor, " m"],
+        starts: Int[Tensor, " rows_and_one"],
+        shape: tuple[int, int, int],
+        of: slice | None = None,
     ) -> None:
-        self.latents, self.starts, self.shape = latents, starts, shape
+        self.latents, self.starts, self.shape, self.of = latents, starts, shape, of
 
     @classmethod
     def of_indices(cls, indices: Int[Tensor, "S n k"], d_sae: int) -> "SparseKept":
@@ -124,9 +130,12 @@ class SparseKept:
 
     @cached_property
     def transpose(self) -> Transpose:
-        """The entries in the order of their latents; one sorting serves both weight gradients."""
+        """The entries in the order of their latents, those among which they are; one sorting serves both weight gradients."""
         members, _, d_sae = self.shape
-        return Transpose(self.latents, self.rows, members * d_sae)
+        if self.of is None:
+            return Transpose(self.latents, self.rows, members * d_sae)
+        width, member = self.of.stop - self.of.start, self.latents // d_sae
+        return Transpose(self.latents % d_sae - self.of.start + member * width, self.rows, members * width)
 
     def pieces(self) -> Iterator[tuple[slice, Kept]]:
         yield slice(None), self
@@ -187,7 +196,8 @@ class SparseKept:
         members, n, d_sae = self.shape
         latents = self.latents % d_sae
         part = ((latents >= first) & (latents < stop)).nonzero().squeeze(1)
-        return SparseKept(self.latents[part], starts_of(self.rows[part], members * n), self.shape), part
+        starts = starts_of(self.rows[part], members * n)
+        return SparseKept(self.latents[part], starts, self.shape, slice(first, stop)), part
 
 
 class DenseKept:
@@ -199,7 +209,7 @@ class DenseKept:
 
     def pieces(self) -> Iterator[tuple[slice, Kept]]:
         n = self.shape[1]
-        at_once = max(_FEW, -(-n // _PIECES))
+        at_once = max(_FEW, -(-n // (_PIECES_ON_GPU if self.pre.device.type == "cuda" else _PIECES)))
         for first in range(0, n, at_once):
             some = slice(first, first + at_once)
             yield some, DenseKept(self.pre.of_rows(some), None if self.mask is None else self.mask[:, some])
@@ -219,7 +229,7 @@ class DenseKept:
         return values
 
     def decode(self, values: Float[Tensor, "S n F"], W_dec: Float[Tensor, "S F d"]) -> Float[Tensor, "S n d"]:
-        decoded: Tensor = _DenseDecode.apply(self._masked(values), W_dec)  # type: ignore[no-untyped-call]
+        decoded: Tensor = _DenseDecode.apply(self._masked(values), W_dec, self.pre.cast(W_dec))  # type: ignore[no-untyped-call]
         return decoded
 
     def latent(self, numbers: Float[Tensor, "S F"]) -> Float[Tensor, "S 1 F"]:
@@ -269,9 +279,13 @@ def fires(values: Entries) -> Entries:
     return where_positive(values.new_ones(()).expand_as(values), values.detach())
 
 
-def where_positive(numbers: Entries, values: Entries) -> Entries:
-    """The numbers where `values` are positive, else 0 (without gradient): the backward of a ReLU, in one pass."""
-    chosen: Tensor = torch.ops.aten.threshold_backward(numbers, values, 0)
+def where_positive(numbers: Entries, values: Entries, *, out: Entries | None = None) -> Entries:
+    """The numbers where `values` are positive, else 0 (without gradient): the backward of a ReLU, in one pass. `out`, which may
+    be one of the two, takes the result."""
+    backward = torch.ops.aten.threshold_backward
+    chosen: Tensor = (
+        backward(numbers, values, 0) if out is None else backward.grad_input(numbers, values, 0, grad_input=out)
+    )
     return chosen
 
 
@@ -280,19 +294,27 @@ class _PreActivations(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, b_dec: Tensor | None, encoder: Tensor, b_enc: Tensor, kept: SparseKept) -> Tensor:
-        members, n, _ = kept.shape
-        centred = x if b_dec is None else x - b_dec[:, None]
-        rows = centred.expand(members, n, -1).reshape(members * n, -1)
-        ctx.save_for_backward(rows, encoder)
-        ctx.kept, ctx.subtracted = kept, b_dec is not None
+        ctx.save_for_backward(x, b_dec, encoder)
+        ctx.kept = kept
+        rows = _centred_rows(x, b_dec, kept.shape)
         return sampled_products(kept.latents, kept.starts, rows, encoder.flatten(0, 1)).add_(kept.latent(b_enc))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, encoder = ctx.saved_tensors
+        x, b_dec, encoder = ctx.saved_tensors
+        rows = _centred_rows(x, b_dec, ctx.kept.shape)  # made again: quick, and a matrix less to hold until then
         grad_encoder = ctx.kept.transpose.times(grad, rows).view_as(encoder)
         sums = ctx.kept.transpose.sums(grad).view(encoder.shape[:2])
-        return None, _to_b_dec(sums, encoder) if ctx.subtracted else None, grad_encoder, sums, None
+        return None, None if b_dec is None else _to_b_dec(sums, encoder), grad_encoder, sums, None
+
+
+def _centred_rows(
+    x: Float[Tensor, "s n d"], b_dec: Float[Tensor, "S d"] | None, shape: tuple[int, int, int]
+) -> Float[Tensor, "rows d"]:
+    """x − b_dec of every member, one below the other."""
+    members, n, _ = shape
+    centred = x if b_dec is None else x - b_dec[:, None]
+    return centred.expand(members, n, -1).reshape(members * n, -1)
 
 
 class _Decode(torch.autograd.Function):
@@ -310,8 +332,23 @@ class _Decode(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         kept, rows = ctx.kept, grad.flatten(0, 1).contiguous()
         grad_values = sampled_products(kept.latents, kept.starts, rows, W_dec.flatten(0, 1))
-        grad_W_dec = kept.transpose.times(values, rows).view_as(W_dec) if ctx.needs_input_grad[1] else None
-        return grad_values, grad_W_dec, None
+        return grad_values, _decoder_gradient(W_dec, values, rows, kept) if ctx.needs_input_grad[1] else None, None
+
+
+def _decoder_gradient(
+    W_dec: Float[Tensor, "S F d"], values: Float[Tensor, " m"], rows: Float[Tensor, "rows d"], kept: SparseKept
+) -> Float[Tensor, "S F d"] | None:
+    """fᵀ · rows. That of some latents alone is added to their part of the gradient at once: a matrix of mostly zeros for each
+    prefix of a Matryoshka dictionary would take longer, and more memory."""
+    found = kept.transpose.times(values, rows).view(len(W_dec), -1, W_dec.shape[2])
+    if kept.of is None:
+        return found
+    if W_dec.is_leaf and W_dec.grad is None:
+        W_dec.grad = torch.zeros_like(W_dec)
+    gradient = W_dec.grad if W_dec.is_leaf else torch.zeros_like(W_dec)
+    assert gradient is not None
+    gradient[:, kept.of] += found
+    return None if W_dec.is_leaf else gradient
 
 
 class _DensePreActivations(torch.autograd.Function):
@@ -322,7 +359,7 @@ class _DensePreActivations(torch.autograd.Function):
         centred = x if b_dec is None else x - b_dec[:, None]
         ctx.save_for_backward(centred.to(kept.pre.dtype), encoder)
         ctx.subtracted = b_dec is not None
-        return kept.pre.whole.detach()
+        return kept.pre.take()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -333,11 +370,10 @@ class _DensePreActivations(torch.autograd.Function):
 
 
 class _DenseDecode(torch.autograd.Function):
-    """The decoder's product of whole matrices."""
+    """The decoder's product of whole matrices, given the decoder in their dtype too."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor) -> Tensor:
-        weight = W_dec.to(values.dtype)
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(values, weight, W_dec)
         return (values @ weight).float()
 
@@ -345,19 +381,21 @@ class _DenseDecode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, weight, W_dec = ctx.saved_tensors
         rows = grad.to(values.dtype)
-        return rows @ weight.mT, _weight_gradient(W_dec, values, rows) if ctx.needs_input_grad[1] else None
+        return rows @ weight.mT, _weight_gradient(W_dec, values, rows) if ctx.needs_input_grad[1] else None, None
 
 
 def _weight_gradient(
     weight: Float[Tensor, "S F d"], entries: Float[Tensor, "S n F"], rows: Float[Tensor, "s n d"]
 ) -> Float[Tensor, "S F d"] | None:
     """entriesᵀ · rows. Where the weight has a gradient of earlier rows, it is added to that at once: autograd would make it fp32
-    first."""
-    if weight.is_leaf and weight.grad is not None:
-        weight.grad.add_(entries.mT @ rows)
-        return None
-    # In bf16 on a CPU the transposed product is the quicker one.
-    return weight.new_empty(weight.shape).copy_((rows.mT @ entries).mT)
+    first. On a CPU it is done for some latents at a time: torch makes a sum of bf16 and fp32 from an fp32 copy of the one."""
+    found = weight.grad if weight.is_leaf else None
+    gradient = weight.new_empty(weight.shape) if found is None else found
+    at_once = weight.shape[1] if weight.is_cuda else _LATENTS
+    for part, some in zip(gradient.split(at_once, 1), entries.split(at_once, 2), strict=True):
+        product = some.mT @ rows
+        part.copy_(product) if found is None else part.add_(product)
+    return gradient if found is None else None
 
 
 def _to_b_dec(sums: Float[Tensor, "S F"], encoder: Float[Tensor, "S F d"]) -> Float[Tensor, "S d"]:

@@ -321,4 +321,5 @@ class _Power(torch.autograd.Function):
 
 def _powers(sizes: Entries, p: float) -> Entries:
     """Sizes to the power p where they are positive, else 0."""
-    return where_positive(sizes.clamp_min(1e-12).pow_(p), sizes)
+    powers = sizes.clamp_min(1e-12).pow_(p)
+    return where_positive(powers, sizes, out=powers)

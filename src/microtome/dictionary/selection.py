@@ -38,6 +38,7 @@ class PreActivations:
     ) -> None:
         self._rows, self._weight = rows.detach().to(dtype), encoder.detach().to(dtype).mT
         self._bias = b_enc.detach()[:, None].to(dtype)
+        self._casts: dict[int, Tensor] = {}  # by where the weights lie
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,6 +55,19 @@ class PreActivations:
     @cached_property
     def whole(self) -> Float[Tensor, "S n F"]:
         return torch.baddbmm(self._bias, self._rows, self._weight)
+
+    def cast(self, weight: Tensor) -> Tensor:
+        """A weight in the dtype of the selection, without gradient, made once for all parts."""
+        where = weight.data_ptr()
+        if where not in self._casts:
+            self._casts[where] = weight.detach().to(self.dtype)
+        return self._casts[where]
+
+    def take(self) -> Float[Tensor, "S n F"]:
+        """The whole, which is then no longer kept here."""
+        whole = self.whole
+        del self.whole
+        return whole
 
     def of_rows(self, rows: slice) -> "PreActivations":
         """Those of some rows, which are there if the whole is."""

@@ -191,6 +191,7 @@ class Stack(nn.Module):
         if frozen is not None:
             frozen_residual = self.decoder.decode(frozen, kept, frozen=True) + base.detach()
             loss = loss + _weighted_squares(frozen_residual, step.weights) * unit
+        del base, kept_pre, frozen  # what no gradient needs is free from here on
         loss.sum().backward()
         self.rule.observe(f.detach(), kept, step)
         return _Piece(loss.detach(), whole, kept.firings(f.detach()), residual)

@@ -195,7 +195,10 @@ def test_a_config_that_names_files_on_this_disk(listed: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (f"{CONFIG}  - id: one\n    filepath: hf://a/b/c", "names a transcoder that cannot be opened. Got: {'id': 'one'"),
+        (
+            f"{CONFIG}  - id: one\n    filepath: hf://a/b/c",
+            "names a transcoder that cannot be opened. Got: {'id': 'one'",
+        ),
         (f"{CONFIG}  - nowhere.safetensors", "cannot be opened. Got: nowhere.safetensors. Expected: a list of hf://"),
         (f"{CONFIG}  - hf://google", "No address on the hub"),
         (f"{CONFIG}  - hf://google/nothing/x.npz", "could not be fetched|cannot be reached"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tests.dictionary.stand_in_hub import FIXTURES, copy, put, served, use_cache
 
+from microtome.cli.evaluate import place
 from microtome.common.errors import ArtifactError, ConfigError
 from microtome.dictionary import (
     DictionarySet,
@@ -16,6 +17,7 @@ from microtome.dictionary import (
     load_dictionary_set,
 )
 from microtome.dictionary.formats.hub import PartOfASetWarning
+from microtome.dictionary.formats.sets import split_glob
 
 LAYERS = ("layer_0.safetensors", "layer_1.safetensors", "config.yaml")
 HOOKS = tuple(f"blocks.{i}.ln2.hook_normalized" for i in range(2))
@@ -217,4 +219,57 @@ def test_configs_whose_transcoders_cannot_be_opened(
     offline(tmp_path, monkeypatch)
     (tmp_path / "config.yaml").write_text(config)
     with pytest.raises(ArtifactError, match=message):
+        load_dictionary_set(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "chosen"),
+    [
+        ("hf://o/r/layer_[0-7].safetensors", "hf://o/r", "layer_[0-7].safetensors"),
+        ("hf://o/r/x?revision=abc", "hf://o/r/x?revision=abc", None),
+        ("hf://o/r/layer_*?revision=abc", "hf://o/r?revision=abc", "layer_*"),
+        ("release/layer_*", "release/.", "layer_*"),
+        ("layer_*", ".", "layer_*"),
+        ("runs/a/b/c", "runs/a/b/c", None),
+    ],
+)
+def test_names_and_their_globs(name: str, folder: str, chosen: str | None) -> None:
+    assert split_glob(name) == (folder, chosen)
+
+
+@pytest.mark.parametrize("name", ["runs/x/a**", "hf://o/r/*/../../y"])
+def test_what_is_no_glob(name: str) -> None:
+    with pytest.raises(ArtifactError, match="No glob in a folder"):
+        split_glob(name)
+
+
+def test_a_folder_on_this_disk_may_be_called_like_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "a[1]").mkdir()
+    assert split_glob(tmp_path / "a[1]") == (str(tmp_path / "a[1]"), None)
+    assert place(str(tmp_path / "a[1]")) == tmp_path / "a[1]"
+    (tmp_path / "x").mkdir()
+    # What a glob chooses is not the folder: its figures must not become the folder's.
+    assert place(str(tmp_path / "x/layer_[0-3]")) == Path("x-layer_0_3")
+    assert place("hf://o/r") == Path("r")
+
+
+def test_what_a_config_names_comes_first_in_both(tmp_path: Path) -> None:
+    """Also where the folder's own file would be a dictionary by itself."""
+    copy("circuit_tracer/relu", tmp_path, "layer_0.safetensors")
+    copy("circuit_tracer/relu", tmp_path / "other", "layer_1.safetensors")
+    (tmp_path / "config.yaml").write_text(f"{CONFIG}  - layer_0.safetensors\n  - other/layer_1.safetensors")
+    made = load_dictionary_or_set(tmp_path)
+    assert isinstance(made, DictionarySet)
+    assert made.fingerprint == load_dictionary_set(tmp_path).fingerprint
+    assert len(made.dictionaries) == 2
+
+
+def test_config_values_that_are_no_texts(tmp_path: Path) -> None:
+    copy("circuit_tracer/relu", tmp_path, "layer_0.safetensors")
+    for line, said in (("model_name: 7", "model_name 7"), ("feature_input_hook: [1]", r"feature_input_hook \[1\]")):
+        (tmp_path / "config.yaml").write_text(line)
+        with pytest.raises(ArtifactError, match=f"config.yaml is damaged. Got: {said}. Expected: a text"):
+            load_dictionary(tmp_path)
+    (tmp_path / "config.yaml").write_text(f"{CONFIG}  - {'x' * 5000}")
+    with pytest.raises(ArtifactError, match="names a transcoder that cannot be opened"):
         load_dictionary_set(tmp_path)

@@ -307,3 +307,34 @@ def test_groups_of_no_rows_have_no_codes() -> None:
 def test_groups_that_keep_unequally_many() -> None:
     with pytest.raises(ConfigError, match="Each group keeps equally many. Got: k 4, 3 groups"):
         GroupTopK(4, 3)
+
+
+def test_pre_activations_are_taken_once_and_cast_weights_are_shared() -> None:
+    """What makes a step hold one piece's numbers, and one copy of the decoder in its dtype."""
+    x, encoder, W_dec = torch.randn(1, 600, D), torch.randn(1, F, D), torch.randn(1, F, D)
+    pre = PreActivations(x, encoder, torch.zeros(1, F), torch.bfloat16)
+    plain = pre.whole.clone()
+    (rows, first), (_, second) = list(DenseKept(pre).pieces())[:2]
+    assert isinstance(first, DenseKept)
+    assert isinstance(second, DenseKept)
+    values = first.pre_activations(x[:, rows], None, encoder.requires_grad_(), torch.zeros(1, F))
+    torch.testing.assert_close(values.detach(), plain[:, rows])
+    assert "whole" not in vars(first.pre)
+    assert not pre.whole.requires_grad
+    assert first.pre.cast(W_dec) is second.pre.cast(W_dec)
+    torch.testing.assert_close(first.pre.cast(W_dec), W_dec.to(torch.bfloat16))
+
+
+def test_a_prefix_adds_its_gradient_to_its_own_rows(mask: Bool[Tensor, "S n F"]) -> None:
+    """To those that are there already, and to no others; and such a part has no pre-activations."""
+    kept = SparseKept.of_mask(mask)
+    inside, part = kept.within(10, 20)
+    values, W_dec = torch.rand(len(kept.latents))[part], torch.randn(S, F, D).requires_grad_()
+    dense = torch.zeros(S, N, F)
+    dense[mask] = torch.zeros(int(mask.sum())).index_copy(0, part, values)
+    W_dec.grad = torch.ones(S, F, D)
+    g = torch.randn(S, N, D)
+    (inside.decode(values, W_dec) * g).sum().backward()
+    torch.testing.assert_close(W_dec.grad, 1 + dense.mT @ g)
+    with pytest.raises(AssertionError, match="for decoding alone"):
+        inside.pre_activations(torch.zeros(1, N, D), None, torch.zeros(S, F, D), torch.zeros(S, F))

@@ -188,6 +188,11 @@ def change(conf: Path, part: str, **values: object) -> None:
         (lambda f: change(f / "conf.yaml", "sae", scaling_factor=10**400), "scaling_factor 1000"),
         (lambda f: change(f / "conf.yaml", "sae", exp_factor=1e308), "exp_factor 1e[+]308"),
         (lambda f: (f / "conf.yaml").write_text("!!python/object/apply:os.system ['true']"), "conf.yaml is damaged"),
+        *(
+            (lambda f, text=text: (f / "conf.yaml").write_text(text), "conf.yaml is damaged")
+            for text in ('a: !!int ""', "a: !!bool x", "a: !!timestamp x")
+        ),
+        (lambda f: change(f / "conf.yaml", "llm", dimin=10**400), "dimin 1000"),
         (lambda f: change(f / "conf.yaml", "llm", dimin=None), "dimin None"),
         (lambda f: change(f / "conf.yaml", "sae", exp_factor="two"), "exp_factor 'two'"),
         (lambda f: change(f / "conf.yaml", "sae", exp_factor=0.01), "exp_factor 0.01"),
@@ -198,7 +203,7 @@ def change(conf: Path, part: str, **values: object) -> None:
     ],
     ids=[
         *("open", "bytes", "list", "number", "date", "heads", "layers", "bottleneck", "kind", "k", "tied", "unscaled"),
-        *("large_scale", "large", "code", "width", "factor", "small"),
+        *("large_scale", "large", "code", "whole_tag", "flag_tag", "date_tag", "wide", "width", "factor", "small"),
         *("scale", "misfit", "missing", "cut"),
     ],
 )

@@ -111,7 +111,7 @@ def test_it_is_the_quotient_of_the_norm_with_its_weight_and_bias(kind: str, poin
     norm = norm_of(model, point)
     if norm is None:
         if kind == "opt-350m" and point == MLP:
-            return  # the stream behind the first norm of a block is no point of this family
+            pytest.skip("the stream behind the first norm of a block is no point of this family")
         at = stream_at(kind, point)
         found = model.activations(TOKENS, [point, at])
         assert torch.equal(found[point], found[at])

@@ -118,8 +118,14 @@ def _data(options: Options) -> dict[str, Any]:
 
 
 def place(dictionary: str) -> Path:
-    """The dictionary's folder; for one that is in no folder here, its short name, less the glob that chooses in it."""
-    path = Path(re.sub(r"/[^/]*[*?\[].*", "", dictionary))
+    """The dictionary's folder; for one that is in no folder here, its short name. What a glob chooses is not what its folder
+    holds, so it has a short name too."""
+    from microtome.dictionary.formats.sets import split_glob
+
+    folder, chosen = split_glob(dictionary)
+    path = Path(folder)
+    if chosen is not None:
+        return Path("-".join(filter(None, (path.name, re.sub(r"[^a-zA-Z0-9.]+", "_", chosen).strip("_")))))
     return path if path.is_dir() else Path(path.name)
 
 

@@ -204,7 +204,7 @@ def _opened(options: Options) -> "ActivationStore | HookedModel":
 def _resolved(options: Options, opened: "ActivationStore | HookedModel") -> Options:
     """The options with hook points in place of globs and aliases. Raises for those that are not there."""
     hook, output_hook = (
-        tuple(str(point) for name in names for point in opened.resolve(name))
+        tuple(dict.fromkeys(str(point) for name in names for point in opened.resolve(name)))
         for names in (options.hook, options.output_hook)
     )
     return replace(options, hook=hook, output_hook=output_hook)

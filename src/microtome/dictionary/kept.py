@@ -26,7 +26,7 @@ from microtome.dictionary.selection import PreActivations, is_positive, kth_larg
 
 Entries = Float[Tensor, "..."]
 # Into how many pieces of rows a step on whole matrices goes. Each adds its share to the gradients of the weights:
-# on a CPU ReLU takes up to a seventh longer in eight than in four, and holds a tenth less memory.
+# on a CPU ReLU takes a tenth longer in eight than in four, and holds a tenth less memory. Not measured on a GPU.
 _PIECES, _PIECES_ON_GPU = 8, 4
 _FEW = 128  # rows
 _LATENTS = 512  # whose gradients are still in a CPU's cache
@@ -83,7 +83,7 @@ class Kept(Protocol):
 class SparseKept:
     """Entries in the order of their rows: `latents` `[m]` numbers latents through the stack (member · F + latent),
     `starts` `[S·n + 1]` says where each row's entries begin; `of` are each member's latents among which they are, if not
-    all."""
+    all: such parts are for decoding alone."""
 
     def __init__(
         self,
@@ -294,6 +294,7 @@ class _PreActivations(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, b_dec: Tensor | None, encoder: Tensor, b_enc: Tensor, kept: SparseKept) -> Tensor:
+        assert kept.of is None, "parts of the latents are for decoding alone"
         ctx.save_for_backward(x, b_dec, encoder)
         ctx.kept = kept
         rows = _centred_rows(x, b_dec, kept.shape)
@@ -338,17 +339,16 @@ class _Decode(torch.autograd.Function):
 def _decoder_gradient(
     W_dec: Float[Tensor, "S F d"], values: Float[Tensor, " m"], rows: Float[Tensor, "rows d"], kept: SparseKept
 ) -> Float[Tensor, "S F d"] | None:
-    """fᵀ · rows. That of some latents alone is added to their part of the gradient at once: a matrix of mostly zeros for each
-    prefix of a Matryoshka dictionary would take longer, and more memory."""
+    """fᵀ · rows. That of some latents alone (a prefix of a Matryoshka dictionary) is added to their rows of `W_dec.grad` here,
+    where a matrix of mostly zeros for each would take longer, and more memory; autograd, and hooks on W_dec, get None."""
     found = kept.transpose.times(values, rows).view(len(W_dec), -1, W_dec.shape[2])
     if kept.of is None:
         return found
-    if W_dec.is_leaf and W_dec.grad is None:
+    assert W_dec.is_leaf, "parts of the latents are decoded with the parameter itself"
+    if W_dec.grad is None:
         W_dec.grad = torch.zeros_like(W_dec)
-    gradient = W_dec.grad if W_dec.is_leaf else torch.zeros_like(W_dec)
-    assert gradient is not None
-    gradient[:, kept.of] += found
-    return None if W_dec.is_leaf else gradient
+    W_dec.grad[:, kept.of].add_(found)
+    return None
 
 
 class _DensePreActivations(torch.autograd.Function):
@@ -359,7 +359,7 @@ class _DensePreActivations(torch.autograd.Function):
         centred = x if b_dec is None else x - b_dec[:, None]
         ctx.save_for_backward(centred.to(kept.pre.dtype), encoder)
         ctx.subtracted = b_dec is not None
-        return kept.pre.take()
+        return kept.pre.take().detach()  # who has them for the selection keeps them without a gradient
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -38,7 +38,7 @@ class PreActivations:
     ) -> None:
         self._rows, self._weight = rows.detach().to(dtype), encoder.detach().to(dtype).mT
         self._bias = b_enc.detach()[:, None].to(dtype)
-        self._casts: dict[int, Tensor] = {}  # by where the weights lie
+        self._casts: dict[tuple[int, torch.Size], Tensor] = {}  # by where the weights lie
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -57,11 +57,12 @@ class PreActivations:
         return torch.baddbmm(self._bias, self._rows, self._weight)
 
     def cast(self, weight: Tensor) -> Tensor:
-        """A weight in the dtype of the selection, without gradient, made once for all parts."""
-        where = weight.data_ptr()
-        if where not in self._casts:
-            self._casts[where] = weight.detach().to(self.dtype)
-        return self._casts[where]
+        """A weight in the dtype of the selection, without gradient, made once for all parts. It has to stay as it is while
+        these pre-activations are used."""
+        which = weight.data_ptr(), weight.shape
+        if which not in self._casts:
+            self._casts[which] = weight.detach().to(self.dtype)
+        return self._casts[which]
 
     def take(self) -> Float[Tensor, "S n F"]:
         """The whole, which is then no longer kept here."""

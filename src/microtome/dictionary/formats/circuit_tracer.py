@@ -25,6 +25,7 @@ NAME = "circuit_tracer"
 FILE = re.compile(r"layer_(\d+)\.safetensors")
 _THRESHOLD = "activation_function.threshold"
 _QWEN3 = re.compile(r"qwen3-([\d.]+)b-transcoders")
+_KEYS = ("model_name", "feature_input_hook", "feature_output_hook")
 _QWEN3_POINTS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
 
 
@@ -76,7 +77,7 @@ def listed(folder: Path) -> list[Listed]:
     """The transcoders of layers 0, 1, … that the folder's `config.yaml` names, in whatever format each is; none where it
     names none. Raises ArtifactError where they cannot be opened one by one."""
     file = folder / CONFIG
-    said, names = texts_of(file), read_yaml(file).get("transcoders") or []
+    said, names = texts_of(file, *_KEYS, "model_kind"), read_yaml(file).get("transcoders") or []
     if not isinstance(names, list):
         raise damaged(file, "transcoders", names, "a list")
     if not names:
@@ -114,7 +115,10 @@ def listed(folder: Path) -> list[Listed]:
 
 def _there(folder: Path, name: str) -> Path | None:
     """The file of this name, beside the config or from where we are."""
-    return next((path for path in (folder / name, Path(name)) if path.exists()), None)
+    try:
+        return next((path for path in (folder / name, Path(name)) if path.exists()), None)
+    except OSError:  # no name of a file
+        return None
 
 
 def _activation(file: TensorFile, d_sae: int) -> Activation:
@@ -132,7 +136,7 @@ def _activation(file: TensorFile, d_sae: int) -> Activation:
 
 def _origin(folder: Path, layer: str) -> tuple[Origin, list[str]]:
     """From config.yaml, which is kept beside the layers."""
-    said = texts_of(folder / CONFIG)
+    said = texts_of(folder / CONFIG, *_KEYS)
     notes = []
     release = None if said else _QWEN3.search(folder.as_posix())
     if release:

@@ -93,7 +93,7 @@ class _Wanted:
             place = Path(self.download(local_files_only=True)) / inside
         except (LocalEntryNotFoundError, HFValidationError, OSError):
             return None
-        complete = place.is_file() or any(any(place.rglob(pattern)) for pattern in _WEIGHTS) or listed(place)
+        complete = place.is_file() or any(any(place.rglob(pattern)) for pattern in _WEIGHTS) or bool(listed(place))
         return place if complete else None
 
     def is_listed(self) -> bool:

@@ -56,9 +56,10 @@ def read(folder: Path, hints: Hints) -> Reading:
         weights[f"W_dec.{layer}"] = file.take(f"W_dec_{layer}", width, layers - layer, d_model)
     if skips:
         weights["W_skip"] = torch.stack(skips)
-    said = texts_of(folder / CONFIG)
-    none = f"no {CONFIG}: the points are taken to be {READS} and {WRITES}"
-    notes = [] if (folder / CONFIG).is_file() else [none]
+    said = texts_of(folder / CONFIG, "model_name", "feature_input_hook", "feature_output_hook")
+    missing = f"{CONFIG} does not name both points" if (folder / CONFIG).is_file() else f"no {CONFIG}"
+    known = {"feature_input_hook", "feature_output_hook"} <= said.keys()
+    notes = [] if known else [f"{missing}: the points that are not named are taken to be {READS} and {WRITES}"]
     reads = hints.hook_name or said.get("feature_input_hook", READS)
     writes = hints.hook_name_out or said.get("feature_output_hook", WRITES)
     origin = Origin(

@@ -40,26 +40,43 @@ def load_dictionaries(name: str | Path, *, device: str = "cpu", dtype: str = "fp
 
     Raises ArtifactError when there is none, or one cannot be fetched or read; ConfigError for an unknown device or dtype.
     """
-    wanted = _Wanted.of(name)
+    wanted = _Choice.of(name)
     return [plain(to_device(read_place(each), device, dtype), str(each.path)) for each in wanted.members()]
 
 
 def load_dictionary_set(name: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionarySet:
     """The dictionaries of a folder as one: transcoders of several layers, say, as `microtome train --per-layer` writes
     them. Names are those of `load_dictionaries`; raises as it does, and ConfigError for dictionaries that make no set."""
-    return _joined(_Wanted.of(name), device, dtype)
+    return _joined(_Choice.of(name), device, dtype)
 
 
 def load_dictionary_or_set(name: str | Path, *, device: str = "cpu", dtype: str = "fp32") -> DictionaryOrSet:
     """Whatever `name` holds: a dictionary of any class, or several that make a set. Names and errors are those of
     `load_dictionary` and `load_dictionary_set`."""
-    wanted = _Wanted.of(name)
-    if wanted.chosen is None and (is_dictionary(wanted.place.path) or not wanted.found):
+    wanted = _Choice.of(name)
+    one = wanted.chosen is None and not listed(wanted.place.path)
+    if one and (is_dictionary(wanted.place.path) or not wanted.found):
         return to_device(read_place(wanted.place), device, dtype)
     return _joined(wanted, device, dtype)
 
 
-def _joined(wanted: "_Wanted", device: str, dtype: str) -> DictionarySet:
+def split_glob(name: str | Path) -> tuple[str, str | None]:
+    """The folder that a name begins with, and the glob that chooses in it; None where it has none, as the name of what is on
+    this disk. Raises ArtifactError for a glob that leads out of the folder, or is none."""
+    text = str(name)
+    place, mark, revision = text.partition("?revision=")
+    if Path(text).exists() or not _MAGIC.search(place):
+        return text, None
+    parts = place.split("/")
+    first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
+    chosen = parts[first:]
+    if ".." in chosen or any("**" in part and part != "**" for part in chosen):
+        raise ArtifactError("No glob in a folder", got="/".join(chosen), expected="names with *, ? or [...] in them")
+    folder = "/".join(parts[:first])
+    return (f"{folder}/." if first == 1 else folder or ".") + mark + revision, "/".join(chosen)
+
+
+def _joined(wanted: "_Choice", device: str, dtype: str) -> DictionarySet:
     members = []
     for each in wanted.members():
         member = to_device(read_place(each), device, dtype)
@@ -78,21 +95,17 @@ def _joined(wanted: "_Wanted", device: str, dtype: str) -> DictionarySet:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Choice:
     """A folder with dictionaries, and the glob that chooses among them, where one is given."""
 
     place: Place
     chosen: str | None
 
     @classmethod
-    def of(cls, name: str | Path) -> "_Wanted":
+    def of(cls, name: str | Path) -> "_Choice":
         """What `name` says. Raises ArtifactError for a folder that cannot be fetched."""
-        if Path(name).exists() or not _MAGIC.search(str(name)):
-            return cls(find(name, Hints()), None)
-        parts = str(name).split("/")
-        first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
-        folder, chosen = "/".join(parts[:first]), "/".join(parts[first:])
-        return cls(find(f"{folder}/." if first == 1 else folder or ".", Hints(), chosen), chosen)
+        folder, chosen = split_glob(name)
+        return cls(find(folder, Hints()) if chosen is None else find(folder, Hints(), chosen), chosen)
 
     @cached_property
     def found(self) -> list[Place]:

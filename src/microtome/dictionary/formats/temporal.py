@@ -176,6 +176,8 @@ def read(folder: Path, hints: Hints) -> Reading:
     if hints.norm_scaling_factor is not None:
         sae["scaling_factor"] = hints.norm_scaling_factor
     cfg, d_in = read_temporal(conf, sae, "scaling_factor"), whole(conf, llm, "dimin")
+    if d_in > _LARGEST:
+        raise damaged(conf, "dimin", d_in, "the width of a model")
     d_sae, context = int(d_in * _positive(conf, sae, "exp_factor")), data.get("context_length")
     if not 0 < d_sae < _LARGEST:
         raise damaged(conf, "exp_factor", sae["exp_factor"], "a number that gives d_sae")

@@ -16,16 +16,21 @@ def read_yaml(file: Path) -> dict[str, Any]:
         return {}
     try:
         said = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+    # PyYAML lets through what its tags raise of values that they do not fit.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{file} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     if not isinstance(said, dict | None):
         raise ArtifactError(f"{file} is damaged", got=type(said).__name__, expected="keys and values")
     return said or {}
 
 
-def texts_of(file: Path) -> dict[str, str]:
-    """The texts among them, by key."""
-    return {key: value for key, value in read_yaml(file).items() if isinstance(value, str) and value}
+def texts_of(file: Path, *keys: str) -> dict[str, str]:
+    """The texts under those of these keys that are there. Raises ArtifactError for another value than a text."""
+    given = {key: value for key, value in read_yaml(file).items() if key in keys and value not in (None, "")}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise damaged(file, key, value, "a text")
+    return given
 
 
 def table(file: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:

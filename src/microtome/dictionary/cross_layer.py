@@ -7,7 +7,6 @@ activations of all L points one behind the other; latent i of layer l has the nu
 beside the latents, from each layer's input to its own output, which some have (circuit-tracer saves such ones).
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from microtome.common.config import require
 from microtome.common.errors import ConfigError, InputError
 from microtome.dictionary.activation import Activation
 from microtome.dictionary.codes import SparseCodes
-from microtome.dictionary.dictionary import Origin
+from microtome.dictionary.dictionary import Origin, digits_of
 
 
 class CrossLayerTranscoder(nn.Module):
@@ -101,11 +100,7 @@ class CrossLayerTranscoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that name the weights: equal weights in one dtype have equal fingerprints."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.named_parameters()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return digits_of(dict(self.named_parameters()))
 
     # ---- use ----------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ where `center` says so, N is the input's normalisation (nearly always none), W_s
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -61,6 +62,15 @@ class Scales:
 
     std: Float[Tensor, "n 1"]
     mean: Float[Tensor, "n 1"]
+
+
+def digits_of(tensors: Mapping[str, Tensor], about: str = "") -> str:
+    """Sixteen hex digits of `about`, and of these tensors, their names and dtypes' bits, in the order of the names."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Dictionary(nn.Module):
@@ -166,14 +176,9 @@ class Dictionary(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that name the weights: equal weights in one dtype have equal fingerprints."""
-        digest = hashlib.sha256()
-        names = {"encoder": "W_enc"}
-        tensors = {names.get(name, name.rpartition(".")[2]): p for name, p in self.named_parameters()}
-        for name, tensor in sorted(tensors.items()):
-            rows = tensor.T if name == "W_enc" else tensor
-            digest.update(name.encode())
-            digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        tensors: dict[str, Tensor] = {name.rpartition(".")[2]: each for name, each in self.named_parameters()}
+        tensors["W_enc"] = tensors.pop("encoder").T
+        return digits_of(tensors)
 
     # ---- use ----------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ it puts beside each activation what is predicted of it. `encode` and `decode` ta
 whatever chooses, masks or shuffles rows can do so after it.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from microtome.common.config import require
 from microtome.common.errors import InputError
 from microtome.dictionary.activation import Activation, ReLU, TopK
 from microtome.dictionary.codes import SparseCodes
-from microtome.dictionary.dictionary import Dictionary, InputNorm
+from microtome.dictionary.dictionary import Dictionary, InputNorm, digits_of
 
 _EPSILON = 1e-6  # beside a norm, in units of the activations that it was trained on
 _TOKENS = 2048  # of so many at a time are there dense codes
@@ -161,11 +160,7 @@ class TemporalDictionary(nn.Module):
         """Sixteen hex digits that name the weights, the scale and the heads: equal ones in one dtype have equal
         fingerprints."""
         about = f"{self.novel.fingerprint} {self.scale} {[each.n_heads for each in self.layers]}"
-        digest = hashlib.sha256(about.encode())
-        for name, tensor in sorted(self.attention.named_parameters()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return digits_of(dict(self.attention.named_parameters()), about)
 
     # ---- use ----------------------------------------------------------------------------------------------------------
 

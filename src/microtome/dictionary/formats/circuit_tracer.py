@@ -16,7 +16,7 @@ from microtome.common.errors import ArtifactError
 from microtome.dictionary.activation import Activation, JumpReLU, ReLU
 from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model, in_block
-from microtome.dictionary.formats.mntss import CONFIG
+from microtome.dictionary.formats.mntss import CONFIG, CONFIG_KEYS
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, Weights, build, leftover, only_file
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
 from microtome.dictionary.formats.values import damaged, read_yaml, texts_of
@@ -25,7 +25,6 @@ NAME = "circuit_tracer"
 FILE = re.compile(r"layer_(\d+)\.safetensors")
 _THRESHOLD = "activation_function.threshold"
 _QWEN3 = re.compile(r"qwen3-([\d.]+)b-transcoders")
-_KEYS = ("model_name", "feature_input_hook", "feature_output_hook")
 _QWEN3_POINTS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
 
 
@@ -77,7 +76,8 @@ def listed(folder: Path) -> list[Listed]:
     """The transcoders of layers 0, 1, … that the folder's `config.yaml` names, in whatever format each is; none where it
     names none. Raises ArtifactError where they cannot be opened one by one."""
     file = folder / CONFIG
-    said, names = texts_of(file, *_KEYS, "model_kind"), read_yaml(file).get("transcoders") or []
+    config = read_yaml(file)
+    said, names = texts_of(file, config, *CONFIG_KEYS, "model_kind"), config.get("transcoders") or []
     if not isinstance(names, list):
         raise damaged(file, "transcoders", names, "a list")
     if not names:
@@ -136,7 +136,7 @@ def _activation(file: TensorFile, d_sae: int) -> Activation:
 
 def _origin(folder: Path, layer: str) -> tuple[Origin, list[str]]:
     """From config.yaml, which is kept beside the layers."""
-    said = texts_of(folder / CONFIG, *_KEYS)
+    said = texts_of(folder / CONFIG, read_yaml(folder / CONFIG), *CONFIG_KEYS)
     notes = []
     release = None if said else _QWEN3.search(folder.as_posix())
     if release:

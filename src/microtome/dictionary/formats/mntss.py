@@ -17,9 +17,10 @@ from microtome.dictionary.dictionary import Origin
 from microtome.dictionary.formats.hooks import hub_model, in_block
 from microtome.dictionary.formats.reading import UNKNOWN, Format, Hints, Reading, build_cross_layer, leftover
 from microtome.dictionary.formats.tensors import TensorFile, read_safetensors
-from microtome.dictionary.formats.values import texts_of
+from microtome.dictionary.formats.values import read_yaml, texts_of
 
 CONFIG, NAME = "config.yaml", "clt"
+CONFIG_KEYS = ("model_name", "feature_input_hook", "feature_output_hook")
 READS, WRITES = "hook_resid_mid", "hook_mlp_out"  # circuit-tracer's defaults
 
 
@@ -56,7 +57,7 @@ def read(folder: Path, hints: Hints) -> Reading:
         weights[f"W_dec.{layer}"] = file.take(f"W_dec_{layer}", width, layers - layer, d_model)
     if skips:
         weights["W_skip"] = torch.stack(skips)
-    said = texts_of(folder / CONFIG, "model_name", "feature_input_hook", "feature_output_hook")
+    said = texts_of(folder / CONFIG, read_yaml(folder / CONFIG), *CONFIG_KEYS)
     missing = f"{CONFIG} does not name both points" if (folder / CONFIG).is_file() else f"no {CONFIG}"
     known = {"feature_input_hook", "feature_output_hook"} <= said.keys()
     notes = [] if known else [f"{missing}: the points that are not named are taken to be {READS} and {WRITES}"]

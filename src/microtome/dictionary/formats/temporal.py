@@ -208,7 +208,7 @@ def notes_of(made: TemporalDictionary, *, scaled: bool = True) -> list[str]:
     """What a user should know; with `scaled` the scale, unless something else has said it."""
     notes = ["temporal: its codes depend on the tokens before, BOS among them, so it reads whole sequences"]
     if scaled and made.scale != 1:
-        notes.append(f"trained on activations times {made.scale:.6g}, which was folded into the weights")
+        notes.append(f"trained on activations times {made.scale:.6g}: the scale is part of it")
     return notes
 
 

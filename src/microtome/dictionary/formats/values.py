@@ -24,9 +24,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return said or {}
 
 
-def texts_of(file: Path, *keys: str) -> dict[str, str]:
+def texts_of(file: Path, config: Mapping[str, Any], *keys: str) -> dict[str, str]:
     """The texts under those of these keys that are there. Raises ArtifactError for another value than a text."""
-    given = {key: value for key, value in read_yaml(file).items() if key in keys and value not in (None, "")}
+    given = {key: value for key, value in config.items() if key in keys and value not in (None, "")}
     for key, value in given.items():
         if not isinstance(value, str):
             raise damaged(file, key, value, "a text")
